@@ -1,0 +1,141 @@
+"""The seams of the policy loop: Protocols of one to three methods, and the small records that cross them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, NamedTuple, Protocol, Self
+
+from torch import Tensor, nn
+
+from rlhf.rollout import Prompt, Rollout, TokenBatch
+
+Need = Literal[
+    "scores", "reference", "reference_distribution", "old_logprobs", "score_norms", "greedy", "values", "pairs"
+]
+Unit = Literal["completion", "group", "pair"]
+
+
+class Collective(Protocol):
+    """What a computation over the global batch needs from the process group."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, value: Tensor) -> Tensor:
+        """[n, …] on each rank → [n · world_size, …] in rank order, the same on every rank."""
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Element-wise sum over ranks."""
+
+    def max(self, value: Tensor) -> Tensor:
+        """Element-wise maximum over ranks."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The Collective of a single process."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def gather(self, value: Tensor) -> Tensor:
+        return value
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value
+
+    def max(self, value: Tensor) -> Tensor:
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsRequest:
+    """Which token statistics a forward must return, and at which sampling temperature."""
+
+    temperature: float = 1.0
+    entropy: bool = False
+    score_norms: bool = False
+    reference: bool = False  # exact KL and ref_logprobs against reference hidden states handed to the forward
+
+
+class TokenStats(NamedTuple):
+    """Statistics of the completion tokens, [B, C] each, exactly 0 where the mask is False; None = not asked for.
+
+    ``logprobs``, ``kl`` and (if its loss is used) ``entropy`` carry gradient; the others are detached.
+    """
+
+    logprobs: Tensor  # log π_T(y_t | x, y_<t), nats
+    entropy: Tensor | None = None  # −Σ_v π log π, nats
+    score_norms: Tensor | None = None  # 1 − 2π(y_t) + Σ_v π(v)²
+    kl: Tensor | None = None  # Σ_v π log(π/π_ref) at this position, nats
+    ref_logprobs: Tensor | None = None
+    scores: Tensor | None = None  # [B] scalar head, reward models only
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything that must survive a restart besides tensors of weights, optimizer and RNG. JSON-serialisable.
+
+    step: rollouts (or supervised optimizer steps) finished. optimizer_step: updates applied. moving_average: baseline
+    of that name, None before its first use. noise_*: separate running means of the noise-scale numerator (trΣ) and
+    denominator (|G|²).
+    """
+
+    step: int = 0
+    optimizer_step: int = 0
+    completions_seen: int = 0
+    tokens_seen: int = 0
+    moving_average: float | None = None
+    noise_trace: float | None = None
+    noise_signal: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # an outside objective's own numbers
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+class Sampler(Protocol):
+    """Draws completions from the policy."""
+
+    def sample(self, model: nn.Module, prompts: Sequence[Prompt], slots: Sequence[int], step: int) -> Rollout:
+        """k completions of each prompt, y ~ π_T(·|x). ``slots``: each prompt's position in the global step."""
+
+    def greedy(self, model: nn.Module, prompts: Sequence[Prompt], slots: Sequence[int], step: int) -> Rollout:
+        """One arg-max completion of each prompt."""
+
+
+class Reward(Protocol):
+    """One source of scores."""
+
+    name: str
+
+    def score(self, rollout: Rollout, step: int) -> Tensor:
+        """[B] float, NaN where the row cannot be scored; never 0 in place of a failure."""
+
+
+class Objective(Protocol):
+    """What is optimised: which quantities it needs, how advantages are made, and the loss as a sum."""
+
+    name: str
+    needs: frozenset[Need]
+    unit: Unit
+    request: StatsRequest
+
+    def count(self, batch: TokenBatch) -> Tensor:
+        """Scalar: how many things the loss averages over in this batch (completions, tokens or pairs)."""
+
+    def loss_sum(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
+        """Summed losses by name; their total over the global ``count`` is what is minimised."""
+
+
+class PolicyObjective(Objective, Protocol):
+    """An objective of the policy loop."""
+
+    def prepare(self, rollout: Rollout, state: TrainState, collective: Collective) -> tuple[Rollout, TrainState]:
+        """Fills in baseline and advantages from the global batch; returns the state they leave behind."""

@@ -1,0 +1,191 @@
+"""The record that travels through a step: token rows, then everything known about them.
+
+B = completions on this process, P = padded prompt width, C = padded completion width. Prompts are left-padded and
+completions right-padded, so prompt and completion meet at one column. Masks have one polarity: True = counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a completion is conditioned on: a conversation that ends with a user turn, or plain text.
+
+    ``turns`` is empty for plain text; ``text`` is empty for a conversation. ``columns`` holds the other columns of the
+    data row, which reward functions receive by name. ``row_id`` is the row's position in its data set.
+    """
+
+    row_id: int
+    turns: tuple[Turn, ...] = ()
+    text: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversational(self) -> bool:
+        return bool(self.turns)
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as the list of ``{"role", "content"}`` that chat templates and reward functions take."""
+        return [{"role": turn.role, "content": turn.content} for turn in self.turns]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], *, side: str, pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Pads id lists to one width. Returns ids [B, W] int64 and mask [B, W] bool (True = a real token).
+
+    Masks come from lengths, never from ``ids != pad_id``: a pad id may be a real token.
+    """
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        if not row:
+            continue
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, columns] = torch.tensor(row, dtype=torch.long)
+        mask[index, columns] = True
+    return ids, mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Token rows that a model scores, and how they belong together.
+
+    prompt_ids      [B, P] int64, left-padded
+    prompt_mask     [B, P] bool
+    completion_ids  [B, C] int64, right-padded, stop token included
+    completion_mask [B, C] bool: tokens that count in losses, KL and metrics
+    group           [B] int64: rows of one unit share it (completions of a prompt, the two sides of a pair)
+    valid           [B] bool: False = the row takes part in no baseline, no loss and no count
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    group: Tensor
+    valid: Tensor
+
+    def __len__(self) -> int:
+        return self.prompt_ids.shape[0]
+
+    def select(self, rows: Tensor | Sequence[int]) -> Self:
+        """The given rows, in the given order, with all-padding columns cut away."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.group.device)
+        return self.map(lambda value: _take(value, index, len(self))).trimmed()
+
+    def to(self, device: torch.device | str) -> Self:
+        return self.map(lambda value: value.to(device) if isinstance(value, Tensor) else value)
+
+    def map(self, function: Callable[[Any], Any]) -> Self:
+        """A copy with ``function`` applied to every field that is set (to each value of a mapping field)."""
+        changes: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Mapping):
+                changes[item.name] = {key: function(entry) for key, entry in value.items()}
+            elif value is not None:
+                changes[item.name] = function(value)
+        return cast(Self, replace(self, **changes))
+
+    def trimmed(self) -> Self:
+        """The same rows in the narrowest tensors that hold them."""
+        width_p = int(self.prompt_mask.sum(1).max()) if len(self) else 0
+        width_c = int(self.completion_mask.sum(1).max()) if len(self) else 0
+        full_p, full_c = self.prompt_ids.shape[1], self.completion_ids.shape[1]
+
+        def narrow(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.dim() < 2:
+                return value
+            return value[:, full_p - width_p :] if name.startswith("prompt_") else value[:, :width_c]
+
+        if width_p == full_p and width_c == full_c:
+            return self
+        changes = {item.name: narrow(item.name, getattr(self, item.name)) for item in fields(self)}
+        return cast(Self, replace(self, **changes))
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64: real tokens of prompt and completion together."""
+        return self.prompt_mask.sum(1) + self.completion_mask.sum(1)
+
+    @classmethod
+    def from_ids(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        group: Sequence[int] | None = None,
+        **extra: Any,
+    ) -> Self:
+        """Builds a batch from id lists; every row is valid and, unless told otherwise, a unit of its own."""
+        prompt_ids, prompt_mask = pad_rows(prompts, side="left")
+        completion_ids, completion_mask = pad_rows(completions, side="right")
+        return cls(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=completion_ids,
+            completion_mask=completion_mask,
+            group=torch.as_tensor(range(len(prompts)) if group is None else group, dtype=torch.long),
+            valid=torch.ones(len(prompts), dtype=torch.bool),
+            **extra,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(TokenBatch):
+    """Completions sampled at one step and what is known about them; a field not yet known is None.
+
+    prompts           B prompts (the k completions of a prompt repeat it)
+    texts             B completions as text, stop token and special tokens removed
+    slot              [B] int64: the prompt's position in the step's global prompt list (= ``group``)
+    sample            [B] int64: 0 … k-1 within the group
+    finished          [B] bool: ended with a stop token or stop string
+    rollout_logprobs  [B, C] nats, recorded by the sampler (behaviour policy)
+    old_logprobs      [B, C] nats, trainer's policy at the start of the update
+    ref_logprobs      [B, C] nats, frozen reference
+    values            [B, C] value model
+    scores            source name → [B] raw score, NaN where the source could not score the row
+    rewards           [B] scores combined, clipped, missing-stop replacement applied; before KL; NaN where not valid
+    greedy_rewards    [B] reward of the greedy completion of the row's prompt (ReMax)
+    score_norms       [B, C] squared norm proxy of the token's score vector, 1 − 2π(y_t) + Σ_v π(v)²
+    baseline          [B] or [B, C], what ``prepare`` subtracted
+    advantages        [B] or [B, C], detached; before the part of the KL penalty that is taken from live logprobs
+    """
+
+    prompts: tuple[Prompt, ...]
+    texts: tuple[str, ...]
+    sample: Tensor
+    finished: Tensor
+    rollout_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    rewards: Tensor | None = None
+    greedy_rewards: Tensor | None = None
+    score_norms: Tensor | None = None
+    baseline: Tensor | None = None
+    advantages: Tensor | None = None
+
+
+def _take(value: Any, index: Tensor, rows: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)]
+    if isinstance(value, tuple) and len(value) == rows:
+        return tuple(value[i] for i in index.tolist())
+    return value
