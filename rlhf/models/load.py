@@ -1,0 +1,107 @@
+"""Models and tokenizers from folders or the hub, and back into transformers folders. No remote code, no pickle."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapter: rank r, scale alpha / r, on all linear layers or on the named ones."""
+
+    r: int
+    alpha: float
+    targets: Literal["all-linear"] | Sequence[str] = "all-linear"
+
+
+def load_tokenizer(path: str) -> Any:
+    """Raises UserError where there is no tokenizer, or no pad token that differs from the stop tokens."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise UserError(f"policy.path={path}: no tokenizer could be loaded ({_first_line(error)})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so sharing the id is harmless
+    return tokenizer
+
+
+def load_causal_lm(path: str, *, attention: str = "auto", what: str = "policy.path") -> nn.Module:
+    """A causal LM in float32. The type its weights were stored in is kept as ``model.stored_dtype``.
+
+    Raises UserError where the folder or id cannot be loaded or leaves weights uninitialised.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}={path}: no causal language model could be loaded ({_first_line(error)})") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"{what}={path}: the checkpoint lacks weights ({missing}); they would be random")
+    model.stored_dtype = getattr(config, "dtype", None) or torch.float32
+    return cast(nn.Module, model)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that never trains: the reference of a policy that starts as itself."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def add_lora(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
+    """Wraps the model with a trainable adapter that starts as the identity (B = 0). Dropout stays off."""
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
+    config = LoraConfig(
+        r=spec.r, lora_alpha=cast(int, spec.alpha), target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast(nn.Module, get_peft_model(cast(Any, model), config))
+
+
+def export(model: nn.Module, tokenizer: Any, folder: Path, *, stop_ids: Sequence[int], card: str) -> None:
+    """Writes a transformers folder (weights, tokenizer, generation config, model card), whole or not at all.
+
+    Weights keep the type they were loaded in. Call on one rank, with the weights gathered.
+    """
+    staging = folder.with_name(f".staging-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and stop_ids:
+        generation.eos_token_id = list(stop_ids)
+    cast(Any, model).save_pretrained(staging, state_dict=_stored(model))
+    tokenizer.save_pretrained(staging)
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    staging.rename(folder)
+
+
+def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    dtype = getattr(model, "stored_dtype", torch.float32)
+    return {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+        for name, value in model.state_dict().items()
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,127 @@
+"""``ScoredModel``: a causal language model as the thing that is trained, returning token statistics, never logits."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.interfaces import StatsRequest, TokenStats
+from rlhf.models.head import CHUNK_BYTES, ChunkedHead, PositionStats, ReferenceStates
+from rlhf.models.layout import Rows
+
+
+class ScoredModel(nn.Module):
+    """The only module handed to accelerate. Call it (never a submodule) so that DDP and ZeRO see every forward.
+
+    causal_lm: a transformers causal LM, or a PeftModel around one. Its ``lm_head`` is replaced by a ``ChunkedHead``.
+    compute_dtype: autocast type of the forward; float32 and float64 run as they are.
+    """
+
+    def __init__(
+        self, causal_lm: nn.Module, *, compute_dtype: torch.dtype = torch.float32, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.compute_dtype = compute_dtype
+        inner = self._inner()
+        if not isinstance(inner.lm_head, ChunkedHead):
+            text_config = inner.config.get_text_config()
+            inner.lm_head = ChunkedHead(
+                inner.lm_head, getattr(text_config, "final_logit_softcapping", None), chunk_bytes=chunk_bytes
+            )
+        switch_off_dropout(self)
+
+    def _inner(self) -> Any:
+        """The transformers model below an adapter, if there is one."""
+        model = cast(Any, self.causal_lm)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def head(self) -> ChunkedHead:
+        return cast(ChunkedHead, self._inner().lm_head)
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.causal_lm, "disable_adapter")
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, source: Tensor) -> Tensor:
+        """[n, H]: final hidden states at the flat positions ``source``."""
+        inner = self._inner()
+        decoder = getattr(inner, inner.base_model_prefix)
+        output = decoder(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden.flatten(0, 1)[source]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        source: Tensor,
+        target: Tensor,
+        request: StatsRequest,
+        reference: ReferenceStates | None = None,
+        states_only: bool = False,
+    ) -> dict[str, Tensor]:
+        """Statistics per position, [n] each, by name; with ``states_only`` the hidden states themselves.
+
+        A dict of tensors, because DDP and ZeRO-3 hooks look for tensors in what a forward returns.
+        """
+        autocast = self.compute_dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(input_ids.device.type, dtype=self.compute_dtype if autocast else None, enabled=autocast):
+            hidden = self.hidden_states(input_ids, attention_mask, position_ids, source)
+            if states_only:
+                return {"hidden": hidden}
+            stats = PositionStats(*self.head(hidden, target, request, reference))
+        return {name: value for name, value in stats._asdict().items() if value is not None}
+
+
+def token_stats(
+    model: nn.Module, rows: Rows, request: StatsRequest, reference: ReferenceStates | None = None
+) -> TokenStats:
+    """One forward of a (wrapped) ``ScoredModel`` over laid-out rows; statistics as [B, C], 0 where nothing is scored."""
+    flat = model(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        position_ids=rows.position_ids,
+        source=rows.source,
+        target=rows.target,
+        request=request,
+        reference=reference,
+    )
+    return TokenStats(**{name: spread(value, rows) for name, value in flat.items()})
+
+
+@torch.no_grad()
+def reference_states(model: nn.Module, rows: Rows, head: ChunkedHead) -> ReferenceStates:
+    """The model's hidden states at the rows' positions, with the head that reads them, for the exact KL."""
+    flat = model(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        position_ids=rows.position_ids,
+        source=rows.source,
+        target=rows.target,
+        request=StatsRequest(),
+        states_only=True,
+    )
+    return ReferenceStates(flat["hidden"], head)
+
+
+def spread(values: Tensor, rows: Rows) -> Tensor:
+    """[n] → [B, C] with zeros elsewhere; differentiable."""
+    batch, width = rows.shape
+    return values.new_zeros(batch * width).scatter(0, rows.place, values).view(batch, width)
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability to 0: log π must be the same function in rollout, update and reference."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

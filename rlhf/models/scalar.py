@@ -1,0 +1,51 @@
+"""``ScalarModel``: a transformers sequence classifier with one label, as a function from token rows to scores."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.interfaces import Objective, TokenStats
+from rlhf.models.layout import Rows, plain_rows
+from rlhf.models.policy import switch_off_dropout
+from rlhf.rollout import TokenBatch
+
+
+class ScalarModel(nn.Module):
+    """Reads the scalar head at the last real token of each row (Ouyang et al. 2022; positions from the mask, never
+    from pad ids). ``reward_center`` in the model's config is subtracted by whoever scores with it, not here."""
+
+    def __init__(self, classifier: nn.Module, *, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.compute_dtype = compute_dtype
+        switch_off_dropout(self)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        """{"scores": [R]} in float32 or wider."""
+        model = cast(Any, self.classifier)
+        decoder = getattr(model, model.base_model_prefix)
+        low = self.compute_dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(input_ids.device.type, dtype=self.compute_dtype if low else None, enabled=low):
+            output = decoder(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            )
+            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+            last = (attention_mask * columns).argmax(dim=1)
+            hidden = output.last_hidden_state[torch.arange(len(last), device=last.device), last]
+            scores: Tensor = model.score(hidden).squeeze(-1)
+        return {"scores": scores if scores.dtype == torch.float64 else scores.float()}
+
+
+def scalar_scores(model: nn.Module, rows: Rows) -> Tensor:
+    """[R] scores of laid-out rows through a (wrapped) ``ScalarModel``."""
+    flat = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids)
+    return cast(Tensor, flat["scores"])
+
+
+def scalar_forward(model: nn.Module, batch: TokenBatch, objective: Objective) -> TokenStats:
+    """The updater's forward for reward-model training: statistics with ``scores`` only."""
+    scores = scalar_scores(model, plain_rows(batch))
+    return TokenStats(logprobs=scores.new_zeros(0), scores=scores)

@@ -1,0 +1,64 @@
+"""The loop of objectives on given text (SFT, reward model): a batch, one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import nn
+
+from rlhf.interfaces import Objective, TokenStats, TrainState
+from rlhf.programs import measure
+from rlhf.programs.session import Session
+from rlhf.rollout import TokenBatch
+from rlhf.runtime.updater import Term, Updater, UpdateReport
+
+
+class BatchStream(Protocol):
+    def at(self, step: int) -> TokenBatch:
+        """This rank's part of a step's batch; a pure function of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedRun:
+    """Everything the loop calls. evaluate: held-out metrics; batch_metrics: what a step's statistics say."""
+
+    session: Session
+    model: nn.Module
+    objective: Objective
+    updater: Updater
+    batches: BatchStream
+    steps: int
+    eval_every: int
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    batch_metrics: Callable[[TokenBatch, TokenStats], dict[str, float]]
+
+
+def train(run: SupervisedRun, state: TrainState) -> TrainState:
+    """Runs the steps that are left; one step is one optimizer step."""
+    session = run.session
+    for step in range(state.step + 1, run.steps + 1):
+        clock = measure.Clock()
+        batch = run.batches.at(step).to(session.runtime.device)
+        with clock("update"):
+            report = run.updater.step([Term(objective=run.objective, batch=batch)], step)
+        tokens = int(session.runtime.sum(batch.lengths.sum()))
+        rows = len(batch) * session.runtime.world_size
+        state = replace(
+            state,
+            step=step,
+            optimizer_step=step,
+            completions_seen=state.completions_seen + rows,
+            tokens_seen=state.tokens_seen + tokens,
+        )
+        session.log(step, {**_metrics(run, batch, report), **clock.metrics(rows, tokens)})
+        if step == run.steps or (run.eval_every and step % run.eval_every == 0):
+            session.log(step, run.evaluate(run.model))
+        session.guard.check(step, applied=report.applied)
+        session.checkpoint(step, state, run.model, run.updater.optimizer, last=step == run.steps)
+    return state
+
+
+def _metrics(run: SupervisedRun, batch: TokenBatch, report: UpdateReport) -> dict[str, float]:
+    return {**measure.update_metrics(report, run.updater.max_grad_norm), **run.batch_metrics(batch, report.stats)}

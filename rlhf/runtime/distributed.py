@@ -1,0 +1,211 @@
+"""One process or several, plain, DDP or DeepSpeed ZeRO, behind one small object.
+
+What starts a run silently wrong here is checked at the start: a launcher that started one process, ranks that do not
+train together, a DeepSpeed request that was dropped (docs/troubleshooting.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.errors import UserError
+
+Kind = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The process group and the device. Implements ``interfaces.Collective``."""
+
+    accelerator: Any
+    kind: Kind
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        return self.kind == "zero3"
+
+    @property
+    def deepspeed(self) -> bool:
+        return self.kind.startswith("zero")
+
+    def gather(self, value: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return value
+        pieces = [torch.empty_like(value) for _ in range(self.world_size)]
+        torch.distributed.all_gather(pieces, value.contiguous())
+        return torch.cat(pieces)
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self._reduce(value, torch.distributed.ReduceOp.SUM)
+
+    def max(self, value: Tensor) -> Tensor:
+        return self._reduce(value, torch.distributed.ReduceOp.MAX)
+
+    def _reduce(self, value: Tensor, op: Any) -> Tensor:
+        if self.world_size == 1:
+            return value
+        result = value.clone().contiguous()
+        torch.distributed.all_reduce(result, op=op)
+        return result
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One JSON-like object from every rank, in rank order (tensors travel through ``gather``)."""
+        if self.world_size == 1:
+            return [value]
+        pieces: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(pieces, value)
+        return pieces
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def share(self, items: int, what: str) -> slice:
+        """This rank's contiguous part of ``items``. Raises UserError where they do not divide."""
+        if items % self.world_size:
+            nearest = max(self.world_size, items - items % self.world_size)
+            raise UserError(
+                f"batch.prompts_per_step={items}: {what} do not divide over {self.world_size} processes; "
+                f"set batch.prompts_per_step={nearest} or {nearest + self.world_size}"
+            )
+        size = items // self.world_size
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    @contextlib.contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """Full weights on every rank inside the block: for ``generate`` and for saving under ZeRO-3."""
+        if not self.sharded:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            yield
+
+    def describe(self) -> str:
+        where = {"single": "one process", "ddp": "replicated (DDP)"}.get(
+            self.kind, f"sharded (DeepSpeed ZeRO-{self.kind[-1]})"
+        )
+        return f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {self.device.type}, policy {where}"
+
+
+def start(*, max_grad_norm: float | None, compute_dtype: torch.dtype, timeout_seconds: float = 1800.0) -> Runtime:
+    """Joins the process group that the launcher described in the environment, and checks that it is what it says."""
+    wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    accelerator = _accelerator(wants_deepspeed, on_cpu, compute_dtype, timeout_seconds)
+    if wants_deepspeed:
+        _configure_deepspeed(accelerator, max_grad_norm)
+    runtime = Runtime(
+        accelerator=accelerator,
+        kind=_kind(accelerator),
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    _check(runtime, wants_deepspeed)
+    return runtime
+
+
+def _accelerator(wants_deepspeed: bool, on_cpu: bool, compute_dtype: torch.dtype, timeout_seconds: float) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    timeout = timedelta(seconds=timeout_seconds)
+    group = InitProcessGroupKwargs(backend="gloo", timeout=timeout) if on_cpu else InitProcessGroupKwargs(timeout=timeout)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # Under DeepSpeed the engine owns the low-precision copy; elsewhere ScoredModel's own autocast does.
+    mixed = "bf16" if wants_deepspeed and compute_dtype == torch.bfloat16 else "no"
+    with _quiet_stdout():
+        return Accelerator(
+            cpu=on_cpu and not wants_deepspeed,  # with cpu=True accelerate drops DeepSpeed without a word
+            mixed_precision=mixed,
+            kwargs_handlers=[group] if several or wants_deepspeed else [],
+        )
+
+
+def _configure_deepspeed(accelerator: Any, max_grad_norm: float | None) -> None:
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return
+    plugin.deepspeed_config["gradient_clipping"] = float(max_grad_norm or 0.0)
+    plugin.deepspeed_config["gradient_accumulation_steps"] = 1  # the updater drives the engine itself
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # nothing reads it; DeepSpeed wants one
+    plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+
+
+def _kind(accelerator: Any) -> Kind:
+    if str(accelerator.distributed_type).endswith("DEEPSPEED"):
+        return cast(Kind, f"zero{accelerator.state.deepspeed_plugin.zero_stage}")
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def _check(runtime: Runtime, wants_deepspeed: bool) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if runtime.world_size != launched:
+        raise UserError(
+            f"the launcher started {launched} processes but accelerate sees {runtime.world_size}: "
+            "use one of accelerate_configs/*.yaml (`MULTI_CPU` configs start a single process)"
+        )
+    if wants_deepspeed and not runtime.deepspeed:
+        raise UserError("the launch asks for DeepSpeed but accelerate dropped it: use accelerate_configs/cpu_zero2.yaml")
+    if runtime.world_size > 1:
+        total = runtime.sum(torch.tensor(float(runtime.rank + 1), device=runtime.device)).item()
+        expected = runtime.world_size * (runtime.world_size + 1) / 2
+        if total != expected:
+            raise UserError(
+                f"an all-reduce over {runtime.world_size} processes gave {total}, not {expected}: the ranks do not "
+                "form one group; launch with `accelerate launch --config_file accelerate_configs/….yaml`"
+            )
+
+
+def prepare(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    """Wraps model and optimizer for this process group and checks that the wrapper is the expected one."""
+    if runtime.kind == "single":
+        return model.to(runtime.device), optimizer
+    with _quiet_stdout():
+        wrapped, wrapped_optimizer = runtime.accelerator.prepare(model, optimizer)
+    expected = "DeepSpeedEngine" if runtime.deepspeed else "DistributedDataParallel"
+    if type(wrapped).__name__ != expected:
+        raise UserError(
+            f"{runtime.world_size} processes, but the model was wrapped as {type(wrapped).__name__}, not {expected}: "
+            "the ranks would not train together; use one of accelerate_configs/*.yaml"
+        )
+    return wrapped, wrapped_optimizer
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DDP or a DeepSpeed engine."""
+    return cast(nn.Module, model.module) if hasattr(model, "module") else model
+
+
+def auto_dtype(name: str, *, deepspeed: bool | None = None) -> torch.dtype:
+    """``auto``: bfloat16 where the hardware computes in it (CUDA sm80+), else float32; a name is taken as it is."""
+    if name != "auto":
+        return cast(torch.dtype, getattr(torch, name))
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """DeepSpeed and accelerate print set-up notes to stdout, which belongs to the run's own lines."""
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        yield
+
