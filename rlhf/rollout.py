@@ -126,22 +126,23 @@ class TokenBatch:
     @classmethod
     def from_ids(
         cls,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
+        prompt_rows: Sequence[Sequence[int]],
+        completion_rows: Sequence[Sequence[int]],
+        /,
         *,
         group: Sequence[int] | None = None,
         **extra: Any,
     ) -> Self:
         """Builds a batch from id lists; every row is valid and, unless told otherwise, a unit of its own."""
-        prompt_ids, prompt_mask = pad_rows(prompts, side="left")
-        completion_ids, completion_mask = pad_rows(completions, side="right")
+        prompt_ids, prompt_mask = pad_rows(prompt_rows, side="left")
+        completion_ids, completion_mask = pad_rows(completion_rows, side="right")
         return cls(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             completion_ids=completion_ids,
             completion_mask=completion_mask,
-            group=torch.as_tensor(range(len(prompts)) if group is None else group, dtype=torch.long),
-            valid=torch.ones(len(prompts), dtype=torch.bool),
+            group=torch.as_tensor(range(len(prompt_rows)) if group is None else group, dtype=torch.long),
+            valid=torch.ones(len(prompt_rows), dtype=torch.bool),
             **extra,
         )
 
