@@ -101,17 +101,15 @@ class ChunkedHead(nn.Module):
         ref_head: ChunkedHead | None,
     ) -> PositionStats:
         full = logprobs.log_softmax(self.logits(hidden), request.temperature)
-        chosen = full.gather(-1, targets[:, None]).squeeze(-1)
         divergence = ref_chosen = None
         if request.reference:
             if ref_hidden is None or ref_head is None:
                 raise ValueError("the request asks for exact KL, but no reference states were handed in")
             with torch.no_grad():
                 ref_full = logprobs.log_softmax(ref_head.logits(ref_hidden), request.temperature)
-                ref_chosen = ref_full.gather(-1, targets[:, None]).squeeze(-1)
+                ref_chosen = logprobs.chosen(ref_full, targets)
             divergence = kl.exact_kl(full, ref_full)
         with torch.no_grad():
-            probs = full.exp() if request.entropy or request.score_norms else full
-            entropy = -(probs * full).sum(-1) if request.entropy else None
-            norms = 1 - 2 * chosen.exp() + probs.square().sum(-1) if request.score_norms else None
-        return PositionStats(chosen, entropy, norms, divergence, ref_chosen)
+            entropy = logprobs.entropy_of(full) if request.entropy else None
+            norms = logprobs.score_norms_of(full, targets) if request.score_norms else None
+        return PositionStats(logprobs.chosen(full, targets), entropy, norms, divergence, ref_chosen)
