@@ -1,0 +1,105 @@
+"""Losses as SUMS: whoever owns the global batch divides, once, by one constant.
+
+A mean taken here would depend on how the batch was cut into microbatches. Rows that are not valid and tokens that are
+not in the mask are replaced before any arithmetic: they contribute exactly 0 to value and gradient, even where their
+inputs are NaN or infinite. logprobs [B, C] nats with gradient; mask [B, C] and valid [B] bool; sums are scalars.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlhf.maths.masking import masked_fill, masked_sum
+
+
+def policy_gradient_sum(logprobs: Tensor, advantages: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
+    """−Σ_{i,t} A_{i,t}·log π_{i,t} (REINFORCE, Williams 1992). advantages: [B] or [B, C], detached here.
+
+    log π(y|x) is a sum over the completion's tokens, stop token included; it is not divided by the length.
+    """
+    counted = mask & valid[:, None]
+    return -(_per_token(advantages, counted) * masked_fill(logprobs, counted)).sum()
+
+
+def length_normalised(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Advantages [B] or [B, C] divided by the completion's length: the per-sequence token mean (1/|y|).
+
+    Biased: it turns the gradient (cosine .967 on the enumerable task) and favours short correct, long wrong answers.
+    """
+    length = mask.sum(1).clamp(min=1)
+    return advantages / (length if advantages.dim() == 1 else length[:, None])
+
+
+def clipped_surrogate_sum(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    valid: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """−Σ min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high)·A), ρ = π/π_old per token (PPO, Schulman et al. 2017, eq. 7).
+
+    advantages: [B] or [B, C]; old_logprobs [B, C]; both detached here. Returns (loss, number of tokens whose gradient
+    the clip removed). At π = π_old the gradient is that of ``policy_gradient_sum``, to the last bit.
+    """
+    counted = mask & valid[:, None]
+    weights = _per_token(advantages, counted)
+    ratio = (masked_fill(logprobs, counted) - masked_fill(old_logprobs.detach(), counted)).exp()
+    plain, clipped = ratio * weights, ratio.clamp(1 - clip_low, 1 + clip_high) * weights
+    cut = counted & (clipped < plain)
+    return -torch.where(cut, clipped, plain).sum(), cut.sum()
+
+
+def sequence_importance_weights(
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, valid: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
+    """min(π(y|x)/π_old(y|x), cap) per completion, detached. [B, C], [B, C] → ([B], number of truncated rows).
+
+    For more than one update per rollout: the ratio is that of whole completions, a product over tokens; its per-token
+    form corrects the wrong distribution. Truncation (Ionides 2008) trades a bias for bounded variance. 0 where invalid.
+    """
+    counted = mask & valid[:, None]
+    log_ratio = masked_fill(logprobs.detach(), counted) - masked_fill(old_logprobs.detach(), counted)
+    ratio = log_ratio.sum(1).exp()
+    return masked_fill(ratio.clamp(max=cap), valid), ((ratio > cap) & valid).sum()
+
+
+def value_loss_sum(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """½Σ max((V − G)², (V_old + clip(V − V_old, ±clip) − G)²) (PPO2's clipped value loss); ½Σ(V − G)² if clip is None.
+
+    values [B, C] with gradient; old_values, returns [B, C], detached here. valid: [B], all rows if None.
+    """
+    counted = mask if valid is None else mask & valid[:, None]
+    values, old, target = (masked_fill(x, counted) for x in (values, old_values.detach(), returns.detach()))
+    errors = (values - target).square()
+    if clip is not None:
+        near = old + (values - old).clamp(-clip, clip)
+        errors = torch.maximum(errors, (near - target).square())
+    return 0.5 * errors.sum()
+
+
+def bradley_terry_sum(chosen: Tensor, rejected: Tensor, margin: Tensor | float | None = None) -> Tensor:
+    """−Σ log σ(chosen − rejected − margin) (Bradley & Terry 1952; margin: Touvron et al. 2023, eq. 2). [N], [N]."""
+    difference = chosen - rejected
+    return -F.logsigmoid(difference if margin is None else difference - margin).sum()
+
+
+def nll_sum(logprobs: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
+    """−Σ log π over counted tokens, nats: the negative log-likelihood of given completions."""
+    return -masked_sum(logprobs, mask & valid[:, None])
+
+
+def _per_token(advantages: Tensor, counted: Tensor) -> Tensor:
+    advantages = advantages.detach()
+    return masked_fill(advantages[:, None] if advantages.dim() == 1 else advantages, counted)
