@@ -1,0 +1,111 @@
+"""What every loop does around its steps: logs, checkpoints, the guard, and leaving in good order when told to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from rlhf.errors import ExitCode, UserError
+from rlhf.interfaces import TrainState
+from rlhf.runtime import checkpoint as store
+from rlhf.runtime import training_state
+from rlhf.runtime.distributed import Runtime
+from rlhf.runtime.guard import Guard
+from rlhf.runtime.rng import restore_rng, rng_tensors
+
+FAILED_SAVES = 3
+
+
+class Tracker(Protocol):
+    """Where metrics and samples go; on ranks other than 0, nowhere."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass
+class Session:
+    """The surroundings of one run's loop. root: the checkpoint folder. every_steps 0 = only at the end."""
+
+    runtime: Runtime
+    tracker: Tracker
+    root: Path
+    every_steps: int
+    keep: int
+    guard: Guard = field(default_factory=Guard)
+    signals: list[int] = field(default_factory=list)
+    failed_saves: int = 0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.tracker.log(step, metrics)
+
+    def samples(self, step: int, rows: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+        """Rows are made on rank 0 only."""
+        if self.runtime.main:
+            self.tracker.samples(step, rows())
+
+    def checkpoint(self, step: int, state: TrainState, model: nn.Module, optimizer: Any, *, last: bool) -> None:
+        """Saves when due, at the last step, and when a signal asks the run to stop.
+
+        Raises UserError with code 143 after the save a signal asked for, 74 after three failed saves in a row.
+        """
+        stop = self._told_to_stop()
+        if stop or last or (self.every_steps and step % self.every_steps == 0):
+            self._save(step, state, model, optimizer)
+        if stop and not last:
+            raise UserError(
+                f"stopped by a signal after step {step}; the same command goes on from there", ExitCode.PREEMPTED
+            )
+
+    def resume(self, path: Path, model: nn.Module, optimizer: Any) -> TrainState:
+        """Loads weights, optimizer, RNG and state of a checkpoint that was verified file by file."""
+        loaded = store.load_checkpoint(path)
+        training_state.restore(self.runtime, model, optimizer, loaded.files)
+        restore_rng(loaded.files["rng"])
+        return TrainState.from_json(loaded.state["train"])
+
+    def _save(self, step: int, state: TrainState, model: nn.Module, optimizer: Any) -> None:
+        files = training_state.collect(self.runtime, model, optimizer)
+        failure = ""
+        if self.runtime.main:
+            try:
+                content = {**files, "rng": rng_tensors()}
+                store.save_checkpoint(self.root, step, content, {"train": state.to_json()}, keep=self.keep)
+                self.failed_saves = 0
+            except store.CheckpointFailed as error:
+                self.failed_saves += 1
+                failure = str(error)
+                self.tracker.note(failure)
+        over = torch.tensor(self.failed_saves, device=self.runtime.device)
+        if int(self.runtime.max(over)) >= FAILED_SAVES:
+            raise UserError(f"{FAILED_SAVES} checkpoints in a row could not be written: {failure}", ExitCode.DISK)
+
+    def _told_to_stop(self) -> bool:
+        """Agreed over ranks, so that a signal to one of them stops all at the same step."""
+        return bool(self.runtime.max(torch.tensor(len(self.signals), device=self.runtime.device)) > 0)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM and SIGINT are noted, and acted on after the step; a second SIGINT interrupts at once."""
+
+        def note(number: int, frame: Any) -> None:
+            if number == signal.SIGINT and self.signals:
+                raise KeyboardInterrupt
+            self.signals.append(number)
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
