@@ -7,6 +7,7 @@ the thousands, and at width 128 it starts with a signal far too small to learn f
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
@@ -164,7 +165,8 @@ def build_reward_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
             f"transformers has no sequence-classification class for {config.model_type}, so it cannot be a reward model; "
             "set policy.scratch.family to gemma, gemma2 or gemma3"
         )
-    config = type(config).from_dict({**config.to_dict(), "num_labels": 1})
+    config = copy.deepcopy(config)
+    config.num_labels = 1
     model = _construct(classes[config.model_type], config)
     _draw_weights(model, config, seed)
     return model

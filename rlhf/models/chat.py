@@ -1,0 +1,181 @@
+"""Between conversations and token ids: the only place that reads a tokenizer's chat template.
+
+Everything is rendered as text and encoded with ``add_special_tokens=False``: templates write their own BOS, and a
+tokenizer that adds a second one shifts every position the model was trained on without any error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from jinja2.exceptions import TemplateError
+
+from rlhf.errors import UserError
+from rlhf.rollout import Prompt, Turn
+
+SystemRole = Literal["error", "merge", "drop"]
+
+_PROBE = "probe0text"  # one word, so that a template which trims or reflows a turn still shows it whole
+
+
+def render_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Ids that a completion is conditioned on: a rendered conversation with its generation prompt, or BOS + text.
+
+    Exactly one BOS, in front, when the tokenizer has one. Raises UserError when the tokenizer has no chat template, when
+    the template refuses the conversation (a system turn: names ``data.system_role``), and when a text smuggles in a BOS.
+    """
+    if not prompt.conversational:
+        return _one_bos(tokenizer, _encode(tokenizer, prompt.text), prompt, marks_turns=False)
+    text = _render(tokenizer, prompt.messages(), generation_prompt=True, row_id=prompt.row_id)
+    return _one_bos(tokenizer, _encode(tokenizer, text), prompt, marks_turns=_template(tokenizer).bos_marks_turns)
+
+
+def render_completion(tokenizer: Any, prompt: Prompt, completion: str, finished: bool = True) -> list[int]:
+    """Ids that follow ``render_prompt``'s: the completion's own tokens and, when ``finished``, the token that ends it
+    (the template's turn end for a conversation, EOS for plain text). The text is tokenised on its own: it never merges
+    with the prompt, as in sampling."""
+    ids = _encode(tokenizer, completion)
+    if not finished:
+        return ids
+    if prompt.conversational:
+        return [*ids, turn_end(tokenizer)]
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{_name(tokenizer)} has no EOS token, so a plain-text completion has no end; set its eos_token"
+        )
+    return [*ids, int(tokenizer.eos_token_id)]
+
+
+def turn_end(tokenizer: Any) -> int:
+    """The id that ends an assistant turn: the first special token that the template writes after the turn's text, EOS
+    when it writes none. Found once per tokenizer and template."""
+    return _template(tokenizer).turn_end
+
+
+def stop_ids(tokenizer: Any, generation_config: Any | None) -> tuple[int, ...]:
+    """Every id that ends a completion: EOS of the tokenizer and of the generation config, and the template's turn end.
+
+    Gemma's turns end in ``<end_of_turn>``, not in ``<eos>``; without both, every sample runs to its maximal length.
+    """
+    found: list[int] = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    configured = getattr(generation_config, "eos_token_id", None)
+    if configured is not None:
+        found += [configured] if isinstance(configured, int) else [int(token) for token in configured]
+    if getattr(tokenizer, "chat_template", None):
+        found.append(turn_end(tokenizer))
+    return tuple(dict.fromkeys(found))
+
+
+def completion_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The completion as reward functions see it: decoded, special tokens dropped, spaces left alone."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def supports_system(tokenizer: Any) -> bool:
+    """True when the template shows a system turn to the model; False when it raises (Gemma 1 and 2) or leaves it out."""
+    messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "hello"}]
+    try:
+        return _PROBE in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return False
+
+
+def conversation_with_system(prompt: Prompt, system_role: SystemRole) -> Prompt:
+    """The prompt without system turns: put in front of the first user turn (``merge``) or left out (``drop``).
+
+    A prompt that has none is returned as it is. ``error`` raises UserError naming ``data.system_role``.
+    """
+    system = [turn.content for turn in prompt.turns if turn.role == "system"]
+    if not system:
+        return prompt
+    if system_role == "error":
+        raise UserError(
+            f"row {prompt.row_id} has a system turn and the chat template has no system role; "
+            "set data.system_role to merge (into the first user turn) or drop"
+        )
+    others = [turn for turn in prompt.turns if turn.role != "system"]
+    if system_role == "merge" and others:
+        others[0] = Turn(role=others[0].role, content="\n\n".join([*system, others[0].content]))
+    return replace(prompt, turns=tuple(others))
+
+
+@dataclass(frozen=True)
+class _Template:
+    """What was learnt from rendering probes: ``bos_marks_turns`` is True where one BOS per turn is the template's way."""
+
+    source: str
+    turn_end: int
+    bos_marks_turns: bool
+
+
+_TEMPLATES: WeakKeyDictionary[Any, _Template] = WeakKeyDictionary()
+
+
+def _template(tokenizer: Any) -> _Template:
+    source = str(getattr(tokenizer, "chat_template", None))
+    known = _TEMPLATES.get(tokenizer)
+    if known is None or known.source != source:
+        known = _TEMPLATES[tokenizer] = _probe(tokenizer, source)
+    return known
+
+
+def _probe(tokenizer: Any, source: str) -> _Template:
+    question, answer = {"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE}
+    tail = _render(tokenizer, [question, answer], generation_prompt=False).rpartition(_PROBE)[2]
+    special = {*tokenizer.all_special_ids}
+    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    end = next((token for token in _encode(tokenizer, tail) if token in special), tokenizer.eos_token_id)
+    if end is None:
+        raise UserError(
+            f"the chat template of {_name(tokenizer)} ends a turn with {tail!r}, which has no special token, and there "
+            "is no EOS either: a completion could never stop; set policy.chat_template"
+        )
+    several = _encode(tokenizer, _render(tokenizer, [question, answer, question], generation_prompt=True))
+    return _Template(source, int(end), several.count(tokenizer.bos_token_id) > 1)
+
+
+def _render(
+    tokenizer: Any, messages: list[dict[str, str]], *, generation_prompt: bool, row_id: int | None = None
+) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{_name(tokenizer)} has no chat template, so conversations cannot be rendered; take an instruction-tuned "
+            "checkpoint (google/gemma-2-2b-it instead of google/gemma-2-2b) or set policy.chat_template"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+    except TemplateError as error:
+        where = "" if row_id is None else f" (row {row_id})"
+        advice = (
+            "set data.system_role to merge or drop"
+            if any(message["role"] == "system" for message in messages)
+            else "correct the row or set policy.chat_template"
+        )
+        raise UserError(
+            f"the chat template of {_name(tokenizer)} refuses a conversation{where}: {error}; {advice}"
+        ) from error
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+
+
+def _one_bos(tokenizer: Any, ids: list[int], prompt: Prompt, *, marks_turns: bool) -> list[int]:
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return ids
+    if ids[:1] != [bos]:
+        ids = [int(bos), *ids]
+    if not marks_turns and ids.count(bos) != 1:
+        raise UserError(
+            f"row {prompt.row_id} renders to {ids.count(bos)} BOS tokens, and one is what models are trained on; remove "
+            f"{tokenizer.bos_token!r} from the row's text or correct the chat template"
+        )
+    return ids
+
+
+def _name(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "name_or_path", "") or "the tokenizer")
