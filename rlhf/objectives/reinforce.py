@@ -79,9 +79,8 @@ class Reinforce:
             raise ValueError("score the rollout before prepare")
         signal = self._signal(rollout)
         everywhere = _Everywhere.of(rollout, signal, collective)
-        baseline = self._baseline(rollout, everywhere, state)
-        advantages = _column(rollout.rewards, baseline) - baseline
-        advantages = torch.where(_column(rollout.valid, baseline), advantages, 0.0)
+        baseline = self._baseline(rollout, signal, everywhere, state)
+        advantages = baselines.advantages(rollout.rewards, baseline, rollout.valid)
         if self.baseline == "moving_average":
             state = replace(
                 state,
@@ -106,7 +105,7 @@ class Reinforce:
         log_ratio = torch.where(rollout.completion_mask, behaviour - rollout.ref_logprobs, 0.0)
         return rollout.rewards - self.beta * log_ratio.sum(1)
 
-    def _baseline(self, rollout: Rollout, everywhere: _Everywhere, state: TrainState) -> Tensor:
+    def _baseline(self, rollout: Rollout, signal: Tensor, everywhere: _Everywhere, state: TrainState) -> Tensor:
         """[B], or [B, C] for ``optimal_token``."""
         rewards, group, valid = everywhere.rewards, everywhere.group, everywhere.valid
         if self.baseline == "greedy":
@@ -116,13 +115,11 @@ class Reinforce:
         if self.baseline == "optimal_token":
             if rollout.score_norms is None:
                 raise ValueError("baseline optimal_token needs score_norms")
-            own = everywhere.mine(rewards)
-            return baselines.optimal_token(
-                own, rollout.score_norms, rollout.completion_mask, rollout.group, rollout.valid
-            )
+            mask = rollout.completion_mask
+            return baselines.optimal_token(signal, rollout.score_norms, mask, rollout.group, rollout.valid)
         whole = {
-            "none": lambda: torch.zeros_like(rewards),
-            "moving_average": lambda: torch.full_like(rewards, state.moving_average or 0.0),
+            "none": lambda: baselines.none(rewards),
+            "moving_average": lambda: baselines.moving_average(rewards, state.moving_average),
             "batch_mean": lambda: baselines.batch_mean(rewards, valid),
             "leave_one_out": lambda: baselines.leave_one_out(rewards, group, valid),
             "shrinkage": lambda: baselines.shrinkage(rewards, group, valid),
