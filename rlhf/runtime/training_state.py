@@ -23,6 +23,7 @@ def collect(runtime: Runtime, model: nn.Module, optimizer: Any) -> dict[str, dic
 
     Every rank must call it: under ZeRO the parts are gathered one parameter at a time.
     """
+    _ensure_moments(runtime, model)
     files: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     for name, parameter in _trained(model):
         weight, moments = _read(runtime, optimizer, parameter)
@@ -45,6 +46,7 @@ def restore(runtime: Runtime, model: nn.Module, optimizer: Any, files: Mapping[s
     if names != set(weights):
         odd = sorted(names ^ set(weights))[:3]
         raise UserError(f"the checkpoint's weights are not this model's (first differences: {', '.join(odd)})")
+    _ensure_moments(runtime, model)
     for name, parameter in _trained(model):
         own = {key: moments[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in moments}
         _write(runtime, optimizer, parameter, weights[name], own)
@@ -75,6 +77,23 @@ def _optimizer_step(optimizer: Any) -> float:
     return max(steps, default=0.0)
 
 
+def _ensure_moments(runtime: Runtime, model: nn.Module) -> None:
+    """ZeRO keeps moments on flat partitions and makes them at the first step; reading or writing needs them before."""
+    if not runtime.deepspeed:
+        return
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    zero = cast(Any, model).optimizer
+    flat = zero.fp32_partitioned_groups_flat if runtime.sharded else zero.single_partition_of_fp32_groups
+    for index, partition in enumerate(flat):
+        if partition in zero.optimizer.state:
+            continue
+        moments = {key: torch.zeros_like(partition) for key in MOMENTS}
+        zero.optimizer.state[partition] = {"step": torch.tensor(0.0), **moments}
+        if not runtime.sharded:
+            lazy_init_hp_params_optimizer_state(zero.bit16_groups[index], partition, zero.optimizer.state)
+
+
 def _read(runtime: Runtime, optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
     if not runtime.deepspeed:
         state = _base(optimizer).state.get(parameter, {})
@@ -96,8 +115,11 @@ def _write(
             own = {key: value.to(parameter.device, copy=True) for key, value in moments.items()}
             _base(optimizer).state[parameter] = {"step": step, **own}
         return
+    import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    safe_set_full_fp32_param(parameter, weight.to(runtime.device))
+    safe_set_full_fp32_param(parameter, weight.to(runtime.device))  # the master copy that the optimizer steps
+    with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=runtime.sharded):
+        parameter.data.copy_(weight)  # the copy that forwards read; it is rewritten only after a step
     for key, value in moments.items():
         safe_set_full_optimizer_state(parameter, value.to(runtime.device), key)
