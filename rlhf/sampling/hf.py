@@ -1,0 +1,232 @@
+"""Completions through ``transformers.generate``: greedy decoding of logits to which the counter-based noise was added.
+
+``generate`` only carries the KV cache. It never draws a random number, and nothing of the checkpoint's own
+generation config acts: top-k, penalties or suppressed tokens would make the sampler's policy another one than the
+policy whose log-probabilities are trained.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from rlhf.models.chat import completion_text, render_prompt
+from rlhf.rollout import Prompt, Rollout, pad_rows
+from rlhf.sampling.noise import Workspace, position_keys, row_keys, sample_tokens
+
+_RESHAPING = (
+    *("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
+    *("forced_eos_token_id", "exponential_decay_length_penalty", "min_length", "min_new_tokens", "guidance_scale"),
+    *("watermarking_config", "remove_invalid_values", "num_beams", "penalty_alpha", "dola_layers"),
+)
+_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFSampler:
+    """A Sampler for any transformers causal LM (or PeftModel around one). Consumes no global random state.
+
+    stop_ids: every id that ends a completion; it counts as part of the completion.
+    stop: strings that end a completion with the token that completes them; ``texts`` are cut before them.
+    microbatch_rows: rows decoded together; rows are sorted by prompt length first.
+    compute_dtype: autocast type of the decode; float32 and float64 run as the weights are.
+    gather: entered around decoding; inside it the model must run without collectives (ranks stop at different
+    lengths), so under ZeRO-3 it gathers the weights and takes the partitioning hooks off.
+    """
+
+    tokenizer: Any
+    samples_per_prompt: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+    microbatch_rows: int = 256
+    compute_dtype: torch.dtype = torch.float32
+    gather: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+
+    def sample(self, model: nn.Module, prompts: Sequence[Prompt], slots: Sequence[int], step: int) -> Rollout:
+        """k completions of each prompt, y ~ π_T(·|x): rows prompt by prompt, samples 0 … k-1 within each.
+
+        ``slots``: each prompt's place in the step's global prompt list; with (seed, step) it fixes the noise, whatever
+        else is decoded beside it. Returns a Rollout on the model's device with ``rollout_logprobs`` filled in.
+        """
+        return self._rollout(model, prompts, slots, self.samples_per_prompt, step)
+
+    def greedy(self, model: nn.Module, prompts: Sequence[Prompt], slots: Sequence[int], step: int) -> Rollout:
+        """The arg-max completion of each prompt, one row per prompt; ``step`` has no influence."""
+        return self._rollout(model, prompts, slots, 1, None)
+
+    def _rollout(
+        self, model: nn.Module, prompts: Sequence[Prompt], slots: Sequence[int], count: int, step: int | None
+    ) -> Rollout:
+        lm = _causal_lm(model)
+        device = next(lm.parameters()).device
+        prompt_ids = [render_prompt(self.tokenizer, prompt) for prompt in prompts for _ in range(count)]
+        group = torch.tensor(slots, dtype=torch.long).repeat_interleave(count)
+        sample = torch.arange(count).repeat(len(prompts))
+        keys = None if step is None else row_keys(self.seed, step, group, sample).to(device)
+        _warn_about(lm.generation_config)
+        with torch.no_grad(), self.gather(model), _decoding(lm, self._config()), self._autocast(device):
+            found = self._decode(lm, prompt_ids, keys, device)
+        ids_p, mask_p = pad_rows(prompt_ids, side="left")
+        ids_c, mask_c = pad_rows([row.ids for row in found], side="right")
+        logprobs = torch.zeros(ids_c.shape, dtype=torch.float32)
+        if found:
+            logprobs[mask_c] = torch.cat([row.logprobs for row in found])
+        return Rollout(
+            prompt_ids=ids_p,
+            prompt_mask=mask_p,
+            completion_ids=ids_c,
+            completion_mask=mask_c,
+            group=group,
+            valid=torch.ones(len(found), dtype=torch.bool),
+            prompts=tuple(prompt for prompt in prompts for _ in range(count)),
+            texts=tuple(self._text(row) for row in found),
+            sample=sample,
+            finished=torch.tensor([row.finished for row in found], dtype=torch.bool),
+            rollout_logprobs=logprobs,
+        ).to(device)
+
+    def _decode(
+        self, lm: Any, prompt_ids: Sequence[Sequence[int]], keys: Tensor | None, device: torch.device
+    ) -> list[_Completion]:
+        """Completions in the order of ``prompt_ids``, decoded in microbatches of similar prompt length."""
+        order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
+        strings = StopStringCriteria(self.tokenizer, list(self.stop)) if self.stop else None
+        found: dict[int, _Completion] = {}
+        for start in range(0, len(order), self.microbatch_rows):
+            rows = order[start : start + self.microbatch_rows]
+            ids, mask = (part.to(device) for part in pad_rows([prompt_ids[row] for row in rows], side="left"))
+            choice = _Choice(None if keys is None else keys[rows], ids.shape[1], self.temperature)
+            stops = _Stops(torch.tensor(self.stop_ids, dtype=torch.long, device=device), strings, ids.shape[1])
+            sequences = lm.generate(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                generation_config=self._config(),
+                logits_processor=LogitsProcessorList([choice]),
+                stopping_criteria=StoppingCriteriaList([stops]),
+                synced_gpus=False,
+            )
+            found.update(zip(rows, _completions(sequences[:, ids.shape[1] :], choice, stops), strict=True))
+        return [found[row] for row in range(len(prompt_ids))]
+
+    def _config(self) -> GenerationConfig:
+        return _config(max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        low = self.compute_dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(device.type, dtype=self.compute_dtype if low else None, enabled=low)
+
+    def _text(self, row: _Completion) -> str:
+        """What the completion says: without the stop token, and without the stop string and what follows it."""
+        stopped_by_id = row.finished and row.ids[-1] in self.stop_ids
+        text = completion_text(self.tokenizer, row.ids[:-1] if stopped_by_id else row.ids)
+        if not row.finished or stopped_by_id:
+            return text
+        return text[: min((at for at in map(text.find, self.stop) if at >= 0), default=len(text))]
+
+
+class _Completion(NamedTuple):
+    ids: list[int]
+    logprobs: Tensor  # [len(ids)] nats, on the CPU
+    finished: bool
+
+
+class _Choice(LogitsProcessor):
+    """Chooses each row's next token, records log π_T of it, and makes it the arg-max that ``generate`` will take."""
+
+    def __init__(self, keys: Tensor | None, prompt_width: int, temperature: float) -> None:
+        self.keys, self.prompt_width, self.temperature = keys, prompt_width, temperature
+        self.logprobs: list[Tensor] = []
+        self.workspace: Workspace | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = input_ids.shape[1] - self.prompt_width
+        keys = None if self.keys is None else position_keys(self.keys, position)
+        self.workspace = self.workspace or Workspace.like(scores)
+        tokens, logprobs = sample_tokens(scores, self.temperature, keys, self.workspace)
+        self.logprobs.append(logprobs)
+        return scores.scatter_(1, tokens[:, None], torch.inf)
+
+
+class _Stops(StoppingCriteria):
+    """Ends rows at a stop id or stop string and remembers where, so that lengths never come from pad ids.
+
+    Stop strings are looked for in the completion alone: one that began in the prompt does not count.
+    """
+
+    def __init__(self, stop_ids: Tensor, strings: StopStringCriteria | None, prompt_width: int) -> None:
+        self.stop_ids, self.strings, self.prompt_width = stop_ids, strings, prompt_width
+        self.done: Tensor | None = None
+        self.lengths: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        completion = input_ids[:, self.prompt_width :]
+        hit = torch.isin(completion[:, -1], self.stop_ids)
+        if self.strings is not None:
+            hit |= self.strings(cast(torch.LongTensor, completion), None)
+        if self.done is None or self.lengths is None:
+            self.done, self.lengths = torch.zeros_like(hit), torch.zeros_like(completion[:, 0])
+        self.lengths += ~self.done
+        self.done = self.done | hit
+        return self.done
+
+
+def _completions(ids: Tensor, choice: _Choice, stops: _Stops) -> Iterator[_Completion]:
+    assert stops.done is not None and stops.lengths is not None
+    logprobs = torch.stack(choice.logprobs, dim=1).cpu()
+    columns = (ids.tolist(), logprobs, stops.lengths.tolist(), stops.done.tolist())
+    for row, values, length, finished in zip(*columns, strict=True):
+        yield _Completion(row[:length], values[:length], finished)
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    """The transformers model, below an adapter if there is one: adapter layers sit inside it and stay active."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _decoding(lm: Any, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, and ``config`` in place of the checkpoint's, which ``generate`` would fill gaps from."""
+    modes = [(module, module.training) for module in lm.modules()]
+    own = lm.generation_config
+    lm.eval()
+    lm.generation_config = config
+    try:
+        yield
+    finally:
+        lm.generation_config = own
+        for module, training in modes:
+            module.training = training
+
+
+def _config(**settings: Any) -> GenerationConfig:
+    return cast(GenerationConfig, cast(Any, GenerationConfig)(**settings))
+
+
+def _warn_about(config: GenerationConfig | None) -> None:
+    """Says once which settings of the checkpoint would have changed the distribution and are not applied."""
+    defaults = _config()
+    found = {name: getattr(config, name, None) for name in _RESHAPING}
+    acting = [
+        f"{name}={value}"
+        for name, value in found.items()
+        if value is not None and value not in (getattr(defaults, name, None), _NEUTRAL.get(name))
+    ]
+    if acting:
+        warnings.warn(
+            f"the checkpoint's generation_config sets {', '.join(acting)}; not applied: completions are drawn from "
+            "the whole distribution at rollout.temperature",
+            stacklevel=4,
+        )
