@@ -59,6 +59,33 @@ def load_causal_lm(path: str, *, attention: str = "auto", what: str = "policy.pa
     return cast(nn.Module, model)
 
 
+def load_classifier(path: str, seed: int, *, attention: str = "auto") -> nn.Module:
+    """A sequence classifier with one label on the trunk found at ``path``. A head that is not in the checkpoint (a
+    causal LM's) is drawn from N(0, 1/√(d+1)) (Stiennon et al. 2020), bias 0.
+
+    Raises UserError where the trunk cannot be loaded whole.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **kwargs
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"policy.path={path}: no classifier could be built on it ({_first_line(error)})") from error
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("score."))
+    if missing:
+        raise UserError(f"policy.path={path}: the checkpoint lacks weights ({', '.join(missing[:3])})")
+    if any(name.startswith("score.") for name in info["missing_keys"]):
+        generator = torch.Generator().manual_seed(seed)
+        head = model.score.weight
+        with torch.no_grad():
+            head.copy_(torch.randn(head.shape, generator=generator) / (head.shape[1] + 1) ** 0.5)
+    return cast(nn.Module, model)
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy that never trains: the reference of a policy that starts as itself."""
     return copy.deepcopy(model).requires_grad_(False).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,12 +43,20 @@ class Session:
     root: Path
     every_steps: int
     keep: int
+    max_seconds: float | None = None
     guard: Guard = field(default_factory=Guard)
+    last_step: int = 0
+    started: float = field(default_factory=time.monotonic)
     signals: list[int] = field(default_factory=list)
     failed_saves: int = 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.last_step = step
         self.tracker.log(step, metrics)
+
+    def note(self, text: str) -> None:
+        """One line for the person at the terminal."""
+        self.tracker.note(text)
 
     def samples(self, step: int, rows: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
         """Rows are made on rank 0 only."""
@@ -59,12 +68,13 @@ class Session:
 
         Raises UserError with code 143 after the save a signal asked for, 74 after three failed saves in a row.
         """
-        stop = self._told_to_stop()
+        stop, late = self._told_to_stop()
         if stop or last or (self.every_steps and step % self.every_steps == 0):
             self._save(step, state, model, optimizer)
         if stop and not last:
+            why = f"run.max_seconds={self.max_seconds:g} have passed" if late else "a signal asked for it"
             raise UserError(
-                f"stopped by a signal after step {step}; the same command goes on from there", ExitCode.PREEMPTED
+                f"stopped after step {step}: {why}; the same command goes on from there", ExitCode.PREEMPTED
             )
 
     def resume(self, path: Path, model: nn.Module, optimizer: Any) -> TrainState:
@@ -90,9 +100,12 @@ class Session:
         if int(self.runtime.max(over)) >= FAILED_SAVES:
             raise UserError(f"{FAILED_SAVES} checkpoints in a row could not be written: {failure}", ExitCode.DISK)
 
-    def _told_to_stop(self) -> bool:
-        """Agreed over ranks, so that a signal to one of them stops all at the same step."""
-        return bool(self.runtime.max(torch.tensor(len(self.signals), device=self.runtime.device)) > 0)
+    def _told_to_stop(self) -> tuple[bool, bool]:
+        """(stop, because time is up), agreed over ranks, so that all of them stop at the same step."""
+        late = self.max_seconds is not None and time.monotonic() - self.started > self.max_seconds
+        flags = torch.tensor([bool(self.signals), late], dtype=torch.long, device=self.runtime.device)
+        signalled, late_anywhere = self.runtime.max(flags).tolist()
+        return bool(signalled or late_anywhere), bool(late_anywhere)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

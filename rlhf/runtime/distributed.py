@@ -97,6 +97,26 @@ class Runtime:
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             yield
 
+    @contextlib.contextmanager
+    def decoding(self, engine: nn.Module) -> Iterator[None]:
+        """Full weights and no collectives inside the block: ranks decode to different lengths.
+
+        Under ZeRO-3 the engine's hooks would gather and release weights at every module call, which hangs as soon as one
+        rank makes a call that another does not.
+        """
+        if not self.sharded:
+            yield
+            return
+        offload = cast(Any, engine).optimizer.parameter_offload
+        with self.gathered(engine):
+            offload._remove_module_hooks()
+            offload.forward_hooks.clear()
+            offload.backward_hooks.clear()
+            try:
+                yield
+            finally:
+                offload.setup_zero_stage3_hooks()
+
     def describe(self) -> str:
         where = {"single": "one process", "ddp": "replicated (DDP)"}.get(
             self.kind, f"sharded (DeepSpeed ZeRO-{self.kind[-1]})"
@@ -209,3 +229,9 @@ def _quiet_stdout() -> Iterator[None]:
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
         yield
 
+
+
+def leave(runtime: Runtime) -> None:
+    """Takes this process out of the group, so that the next run in it can join another."""
+    if runtime.world_size > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

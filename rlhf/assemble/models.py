@@ -1,0 +1,96 @@
+"""Recipe → models and tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.assemble.data import sources
+from rlhf.data import load as data
+from rlhf.models import load, scratch
+from rlhf.models.policy import ScoredModel
+from rlhf.models.reference import FrozenReference
+from rlhf.recipe import Recipe
+from rlhf.runtime import distributed
+from rlhf.runtime.distributed import Runtime
+from rlhf.runtime.schedule import learning_rate_schedule
+from rlhf.runtime.updater import Forward, Updater
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    return distributed.auto_dtype(recipe.policy.compute_dtype)
+
+
+def tokenizer_of(recipe: Recipe) -> Any:
+    """The policy's tokenizer: loaded, borrowed, or trained on ``data.train``."""
+    policy = recipe.policy
+    source = policy.path or policy.tokenizer
+    if source is not None:
+        tokenizer = load.load_tokenizer(source)
+    else:
+        assert policy.scratch is not None
+        tokenizer = scratch.train_tokenizer(data.training_texts(sources(recipe.data.train)), policy.scratch.vocab_size)
+    if policy.chat_template != "auto":
+        tokenizer.chat_template = Path(policy.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def causal_lm(recipe: Recipe, tokenizer: Any) -> nn.Module:
+    """The policy's weights, with an adapter where the recipe asks for one."""
+    policy = recipe.policy
+    if policy.path is not None:
+        model = load.load_causal_lm(policy.path, attention=policy.attention)
+    else:
+        model = scratch.build_causal_lm(_scratch_config(recipe, tokenizer), recipe.run.seed)
+    if policy.lora is not None:
+        spec = load.LoraSpec(policy.lora.r, policy.lora.alpha, policy.lora.targets)
+        model = load.add_lora(model, spec, recipe.run.seed)
+    return model
+
+
+def classifier(recipe: Recipe, tokenizer: Any) -> nn.Module:
+    """The reward model to train: from scratch, or a causal LM's trunk with a new scalar head."""
+    policy = recipe.policy
+    if policy.path is not None:
+        return load.load_classifier(policy.path, recipe.run.seed, attention=policy.attention)
+    return scratch.build_reward_model(_scratch_config(recipe, tokenizer), recipe.run.seed)
+
+
+def _scratch_config(recipe: Recipe, tokenizer: Any) -> Any:
+    spec = recipe.policy.scratch
+    assert spec is not None
+    return scratch.build_config(
+        spec.family,
+        layers=spec.layers,
+        hidden_size=spec.hidden_size,
+        heads=spec.heads,
+        vocab_size=len(tokenizer),
+        intermediate_size=spec.intermediate_size,
+    )
+
+
+def adamw(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over what is trained, without weight decay; betas are PyTorch's."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=recipe.optim.lr, eps=recipe.optim.eps, weight_decay=0.0)
+
+
+def frozen_reference(recipe: Recipe, policy: nn.Module, runtime: Runtime) -> FrozenReference | None:
+    """Another checkpoint, or a copy of the policy as it is now; None where an adapter switched off will do."""
+    if recipe.reference.path is not None:
+        model = load.load_causal_lm(recipe.reference.path, attention=recipe.policy.attention, what="reference.path")
+    elif recipe.policy.lora is not None:
+        return None
+    else:
+        model = load.frozen_copy(policy)
+    return FrozenReference(ScoredModel(model, compute_dtype=compute_dtype(recipe)).to(runtime.device))
+
+
+def updater(recipe: Recipe, runtime: Runtime, model: nn.Module, optimizer: Any, forward: Forward, steps: int) -> Updater:
+    """``steps``: the learning rate's horizon, in optimizer steps."""
+    optim = recipe.optim
+    schedule = learning_rate_schedule(optim.lr, optim.schedule, total_steps=steps, warmup_ratio=optim.warmup_ratio)
+    return Updater(runtime, model, optimizer, schedule, forward, recipe.batch.microbatch_tokens, optim.max_grad_norm)

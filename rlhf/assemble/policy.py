@@ -1,0 +1,176 @@
+"""Recipe → a policy run: sampler, rewards, reference, objective, and the loop's streams."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from functools import partial
+from typing import Any, cast
+
+import torch
+
+from rlhf.assemble import data, models
+from rlhf.assemble.job import Job
+from rlhf.errors import UserError
+from rlhf.interfaces import PolicyObjective
+from rlhf.models.chat import stop_ids
+from rlhf.models.policy import ScoredModel
+from rlhf.models.reference import AdapterOffReference, Reference
+from rlhf.objectives.reinforce import Reinforce
+from rlhf.objectives.supervised import Demonstrations
+from rlhf.programs import policy as program
+from rlhf.programs import streams
+from rlhf.programs.evaluation import Evaluation
+from rlhf.programs.session import Session
+from rlhf.recipe import Recipe
+from rlhf.rewards.combine import RewardSet
+from rlhf.rewards.functions import FunctionReward, load_function
+from rlhf.rewards.model import load_reward_model
+from rlhf.rollout import Prompt
+from rlhf.runtime import distributed
+from rlhf.runtime.distributed import Runtime
+from rlhf.runtime.updater import PolicyForward
+from rlhf.sampling.hf import HFSampler
+
+
+def objective(recipe: Recipe) -> PolicyObjective:
+    """The policy objective: one of ours, or ``package.module:Class``, which is given the resolved recipe."""
+    if recipe.objective == "reinforce":
+        return Reinforce(
+            beta=recipe.kl.beta,
+            estimator=recipe.kl.estimator,
+            credit=recipe.kl.credit,
+            baseline=recipe.reinforce.baseline,
+            loss_beta=recipe.kl.loss_beta,
+            loss_estimator=recipe.kl.loss_estimator,
+            temperature=recipe.rollout.temperature,
+        )
+    module, _, name = recipe.objective.partition(":")
+    try:
+        outside = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"objective={recipe.objective}: cannot be imported ({error}); set it to module:Class") from error
+    return cast(PolicyObjective, outside(recipe))
+
+
+def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
+    """Every reward source with its weight."""
+    settings = recipe.reward
+    models = [
+        (
+            load_reward_model(
+                cast(str, entry.path),
+                device=runtime.device,
+                compute_dtype=models.compute_dtype(recipe),
+                microbatch_tokens=entry.microbatch_tokens or recipe.batch.microbatch_tokens,
+            ),
+            entry.weight,
+        )
+        for entry in settings.models
+    ]
+    functions = [
+        FunctionReward(entry.call, load_function(entry.call), weight=entry.weight, max_steps=steps)
+        for entry in settings.functions
+    ]
+    return RewardSet(
+        models=models,
+        functions=functions,
+        combine=settings.combine,
+        clip=settings.clip,
+        missing_eos_score=settings.missing_eos_score,
+    )
+
+
+def sampler(recipe: Recipe, runtime: Runtime, tokenizer: Any, wrapped: torch.nn.Module, k: int) -> HFSampler:
+    inner: Any = distributed.unwrap(wrapped).causal_lm
+    settings = recipe.rollout
+    width = recipe.data.max_prompt_tokens + settings.max_new_tokens
+    return HFSampler(
+        tokenizer=tokenizer,
+        samples_per_prompt=k,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        stop=settings.stop,
+        stop_ids=stop_ids(tokenizer, inner.generation_config),
+        seed=recipe.run.seed,
+        microbatch_rows=max(k, min(512, 4 * recipe.batch.microbatch_tokens // width)),
+        compute_dtype=models.compute_dtype(recipe),
+        gather=lambda _: runtime.decoding(wrapped),
+    )
+
+
+def build(recipe: Recipe, session: Session) -> Job:
+    """Data first, models after it: nothing is loaded for a run that cannot start."""
+    runtime = session.runtime
+    own = runtime.share(recipe.batch.prompts_per_step, "prompts")
+    tokenizer = models.tokenizer_of(recipe)
+    train_prompts, report = data.prompts(recipe, recipe.data.train, tokenizer)
+    session.note(f"data.train: {report}")
+    held_out = _held_out(recipe, session, tokenizer)
+    mixed = _instruction_rows(recipe, tokenizer)
+    steps = recipe.run.steps or math.ceil(len(train_prompts) / recipe.batch.prompts_per_step)
+    rewards = reward_set(recipe, runtime, steps=steps)
+    policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
+    anchor: Reference | None = models.frozen_reference(recipe, policy.causal_lm, runtime)
+    wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
+    anchor = anchor or AdapterOffReference(wrapped, policy)
+    run = program.PolicyRun(
+        session=session,
+        model=wrapped,
+        sampler=sampler(recipe, runtime, tokenizer, wrapped, recipe.rollout.samples_per_prompt),
+        rewards=rewards,
+        reference=anchor,
+        objective=objective(recipe),
+        beta=recipe.kl.beta,
+        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(anchor), steps),
+        prompts=streams.ShuffledPrompts(
+            prompts=train_prompts, per_step=recipe.batch.prompts_per_step, seed=recipe.run.seed, own=own
+        ),
+        instruction=_instruction(recipe, runtime, mixed),
+        evaluation=Evaluation(
+            session=session,
+            prompts=held_out,
+            sampler=sampler(recipe, runtime, tokenizer, wrapped, 1),
+            rewards=rewards,
+            reference=anchor,
+            temperature=recipe.rollout.temperature,
+            microbatch_tokens=recipe.batch.microbatch_tokens,
+            every_steps=recipe.eval.every_steps or 0,
+            steps=steps,
+        ),
+        steps=steps,
+        samples_logged=recipe.tracking.samples,
+    )
+    return Job(train=partial(program.train, run), model=wrapped, optimizer=optimizer, tokenizer=tokenizer, steps=steps)
+
+
+def _held_out(recipe: Recipe, session: Session, tokenizer: Any) -> list[Prompt]:
+    if not recipe.data.eval:
+        return []
+    found, report = data.prompts(recipe, recipe.data.eval, tokenizer)
+    session.note(f"data.eval: {report}")
+    return found[: recipe.eval.samples]
+
+
+def _instruction_rows(recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    if recipe.instruction.coefficient == 0:
+        return []
+    return data.demonstrations(recipe, recipe.data.instruction, tokenizer)
+
+
+def _instruction(
+    recipe: Recipe, runtime: Runtime, rows: list[tuple[list[int], list[int]]]
+) -> streams.InstructionTerms | None:
+    """As many gold rows a step as there are prompts."""
+    if not rows:
+        return None
+    size = recipe.batch.prompts_per_step
+    batches = streams.ShuffledDemonstrations(
+        rows=rows, per_step=size, seed=recipe.run.seed, own=runtime.share(size, "instruction rows")
+    )
+    return streams.InstructionTerms(
+        batches=batches,
+        objective=Demonstrations(name="instruction", per="completion"),
+        coefficient=recipe.instruction.coefficient,
+        device=runtime.device,
+    )

@@ -1,0 +1,126 @@
+"""Recipe → SFT and reward-model runs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from rlhf.assemble import data, models
+from rlhf.assemble.job import Job
+from rlhf.data import load as loading
+from rlhf.data.examples import Preference
+from rlhf.models.chat import render_completion, render_prompt
+from rlhf.models.policy import ScoredModel
+from rlhf.models.scalar import ScalarModel, scalar_forward
+from rlhf.objectives.supervised import BradleyTerry, Demonstrations
+from rlhf.programs import scoring, streams
+from rlhf.programs import supervised as program
+from rlhf.programs.session import Session
+from rlhf.recipe import Recipe
+from rlhf.runtime import distributed
+from rlhf.runtime.updater import PolicyForward
+
+
+def sft(recipe: Recipe, session: Session) -> Job:
+    """Supervised fine-tuning: −log π of given completions, a mean over their tokens."""
+    runtime, size = session.runtime, recipe.batch.prompts_per_step
+    own = runtime.share(size, "rows")
+    tokenizer = models.tokenizer_of(recipe)
+    rows = data.demonstrations(recipe, recipe.data.train, tokenizer)
+    session.note(f"data.train: {len(rows)} demonstrations")
+    held_out = data.demonstrations(recipe, recipe.data.eval, tokenizer) if recipe.data.eval else []
+    steps = recipe.run.steps or recipe.sft.epochs * math.ceil(len(rows) / size)
+    policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
+    wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
+    budget = recipe.batch.microbatch_tokens
+    run = program.SupervisedRun(
+        session=session,
+        model=wrapped,
+        objective=Demonstrations(),
+        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(), steps),
+        batches=streams.ShuffledDemonstrations(rows=rows, per_step=size, seed=recipe.run.seed, own=own),
+        steps=steps,
+        eval_every=recipe.eval.every_steps or 0,
+        evaluate=lambda model: scoring.demonstration_loss(model, held_out[: recipe.eval.samples], budget, runtime),
+        batch_metrics=lambda batch, stats: {},
+    )
+    return Job(train=partial(program.train, run), model=wrapped, optimizer=optimizer, tokenizer=tokenizer, steps=steps)
+
+
+def reward(recipe: Recipe, session: Session) -> Job:
+    """A Bradley–Terry reward model, centred on the chosen completions' mean score."""
+    runtime, size = session.runtime, recipe.batch.prompts_per_step
+    own = runtime.share(size, "pairs")
+    tokenizer = models.tokenizer_of(recipe)
+    epoch_pairs = _epochs(recipe, recipe.data.train)
+    first = epoch_pairs(0)
+    session.note(f"data.train: {len(first)} pairs")
+    held_out = _epochs(recipe, recipe.data.eval)(0)[: recipe.eval.samples] if recipe.data.eval else []
+    steps = recipe.run.steps or recipe.reward_model.epochs * math.ceil(len(first) / size)
+    model = ScalarModel(models.classifier(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
+    wrapped, optimizer = distributed.prepare(runtime, model, models.adamw(recipe, model))
+    budget = recipe.batch.microbatch_tokens
+    run = program.SupervisedRun(
+        session=session,
+        model=wrapped,
+        objective=BradleyTerry(),
+        updater=models.updater(recipe, runtime, wrapped, optimizer, scalar_forward, steps),
+        batches=streams.ShuffledPairs(
+            epoch_pairs=epoch_pairs,
+            per_epoch=len(first),
+            per_step=size,
+            seed=recipe.run.seed,
+            own=own,
+            tokenizer=tokenizer,
+        ),
+        steps=steps,
+        eval_every=recipe.eval.every_steps or 0,
+        evaluate=lambda m: scoring.pairwise_accuracy(m, held_out, tokenizer, budget, runtime),
+        batch_metrics=lambda batch, stats: scoring.pair_metrics(batch, stats, runtime),  # type: ignore[arg-type]
+    )
+    center = partial(_center, recipe, session, tokenizer, first) if recipe.reward_model.center else _leave
+    return Job(
+        train=partial(program.train, run),
+        model=wrapped,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        steps=steps,
+        finish=center,
+    )
+
+
+def _epochs(recipe: Recipe, entries: Sequence[Any]) -> Any:
+    """epoch → its pairs; labelled text is paired anew each epoch, and the last epochs asked for are kept."""
+
+    @functools.lru_cache(maxsize=2)
+    def pairs(epoch: int) -> list[Preference]:
+        found, _ = loading.load_preferences(
+            data.sources(entries), seed=recipe.run.seed, epoch=epoch, system_role=recipe.data.system_role
+        )
+        return found
+
+    return pairs
+
+
+def _leave(model: nn.Module) -> None:
+    return None
+
+
+def _center(recipe: Recipe, session: Session, tokenizer: Any, pairs: Sequence[Preference], model: nn.Module) -> None:
+    """Writes ``reward_center`` into the model's config: the mean score of up to 512 chosen completions (InstructGPT and
+    Stiennon et al. 2020 shift the model so that reference completions average 0)."""
+    rows = [
+        (render_prompt(tokenizer, pair.prompt), render_completion(tokenizer, pair.prompt, pair.chosen))
+        for pair in pairs[:512]
+    ]
+    mean = scoring.mean_score(model, rows, recipe.batch.microbatch_tokens, session.runtime)
+    classifier: Any = distributed.unwrap(model).classifier
+    classifier.config.reward_center = mean
+    session.log(session.last_step, {"reward_model/center": mean})
+
+

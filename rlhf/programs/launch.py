@@ -1,0 +1,168 @@
+"""One run from recipe to ``final/``: process group, run directory, data, models, loop, export."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from rlhf import assemble
+from rlhf.errors import ExitCode, UserError
+from rlhf.interfaces import TrainState
+from rlhf.models import load
+from rlhf.models.chat import stop_ids
+from rlhf.programs.report import write_report
+from rlhf.programs.session import Session
+from rlhf.recipe import Recipe
+from rlhf.runtime import distributed
+from rlhf.runtime.distributed import Runtime
+from rlhf.runtime.run_dir import RunDirectory, Status, open_run
+from rlhf.tracking.tracker import build_tracker
+
+# Keys that may differ when a run is resumed: they change what is seen of a run, or when it pauses, not what it computes.
+_FREE = ("run.resume", "run.max_seconds", "tracking.", "checkpoint.keep", "checkpoint.every_steps")
+
+
+def train(recipe: Recipe, command: list[str]) -> ExitCode:
+    """Runs or resumes the recipe and says how it ended; the same is written to run.json.
+
+    Raises UserError for input that cannot work before the run directory is open.
+    """
+    runtime = distributed.start(
+        max_grad_norm=recipe.optim.max_grad_norm,
+        compute_dtype=distributed.auto_dtype(recipe.policy.compute_dtype),
+    )
+    try:
+        with _open(recipe, runtime, command) as directory:
+            for note in directory.notes:
+                _say(runtime, note)
+            return ExitCode.DONE if directory.finished else _guarded(recipe, runtime, directory)
+    finally:
+        distributed.leave(runtime)
+
+
+def _open(recipe: Recipe, runtime: Runtime, command: list[str]) -> RunDirectory:
+    """Rank 0 opens the directory; the others are told the answer, a refusal included."""
+
+    def changed(old: str) -> list[str]:
+        keys = recipe.differences(Recipe.model_validate(yaml.safe_load(old)))
+        return [key for key in keys if not key.startswith(_FREE)]
+
+    answer: RunDirectory | UserError | None = None
+    if runtime.main:
+        try:
+            answer = open_run(
+                recipe.output_dir, recipe.to_yaml(), changed, recipe.run.resume, command=shlex.join(command)
+            )
+        except UserError as error:
+            answer = error
+    told = replace(answer, lock=None) if isinstance(answer, RunDirectory) else answer
+    shared = runtime.gather_objects(told)[0]
+    if isinstance(shared, UserError):
+        raise shared
+    return answer if isinstance(answer, RunDirectory) else shared
+
+
+def _guarded(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> ExitCode:
+    """Runs, and writes down how it ended whatever happens."""
+    try:
+        step = _run(recipe, runtime, directory)
+    except UserError as error:
+        status: Status = "preempted" if error.code == ExitCode.PREEMPTED else "failed"
+        _finish(runtime, directory, status, error.code, str(error))
+        _say(runtime, str(error), stream=sys.stderr)
+        return error.code
+    except BaseException as error:
+        code = ExitCode.OUT_OF_MEMORY if _out_of_memory(error) else ExitCode.BUG
+        _finish(runtime, directory, "failed", code, f"{type(error).__name__}: {error}")
+        if code == ExitCode.BUG:
+            raise
+        traceback.print_exc()
+        return code
+    _finish(runtime, directory, "finished", ExitCode.DONE, "done", step)
+    if runtime.main:
+        _say(runtime, f"report: {write_report(directory.path)}")
+    return ExitCode.DONE
+
+
+def _run(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> int:
+    """Trains what is left and exports; returns the last step."""
+    torch.manual_seed(recipe.run.seed)
+    tracker = build_tracker(
+        directory.path,
+        to=recipe.tracking.to,
+        project=recipe.tracking.project,
+        run_name=directory.path.name,
+        config=recipe.model_dump(mode="json"),
+        main=runtime.main,
+        total_steps=recipe.run.steps,
+    )
+    status = "failed"
+    try:
+        tracker.note(runtime.describe())
+        session = Session(
+            runtime=runtime,
+            tracker=tracker,
+            root=directory.checkpoints,
+            every_steps=recipe.checkpoint.every_steps or 0,
+            keep=recipe.checkpoint.keep,
+            max_seconds=recipe.run.max_seconds,
+        )
+        with session.listening():
+            job = assemble.build(recipe, session)
+            tracker.set_total(job.steps)
+            state = TrainState()
+            if directory.resume_from is not None:
+                state = session.resume(directory.resume_from, job.model, job.optimizer)
+                tracker.note(f"resumed from {directory.resume_from.name}")
+            state = job.train(state)
+        job.finish(job.model)
+        _export(recipe, runtime, job, directory)
+        status = "finished"
+        return state.step
+    finally:
+        tracker.close(status)
+
+
+def _export(recipe: Recipe, runtime: Runtime, job: assemble.Job, directory: RunDirectory) -> None:
+    """``final/``: a transformers folder with weights, tokenizer, generation config and model card."""
+    inner: Any = distributed.unwrap(job.model)
+    model: Any = getattr(inner, "causal_lm", None) or inner.classifier
+    with runtime.gathered(job.model):
+        if runtime.main:
+            stops = stop_ids(job.tokenizer, getattr(model, "generation_config", None))
+            card = _card(recipe, directory.path)
+            load.export(model, job.tokenizer, directory.path / "final", stop_ids=stops, card=card)
+    runtime.barrier()
+
+
+def _card(recipe: Recipe, path: Path) -> str:
+    source = recipe.policy.path or "random weights"
+    return (
+        f"---\nlibrary_name: transformers\ntags: [rlhf, {recipe.objective}]\n---\n\n# {path.name}\n\n"
+        f"Objective `{recipe.objective}`, started from {source}. The recipe that made it:\n\n"
+        f"```yaml\n{recipe.to_yaml()}```\n"
+    )
+
+
+def _finish(
+    runtime: Runtime, directory: RunDirectory, status: Status, code: ExitCode, reason: str, step: int | None = None
+) -> None:
+    if runtime.main:
+        directory.finish(status, code, reason.split("\n")[0][:500], step=step)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class of its own; on CPU it is a RuntimeError of the allocator."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _say(runtime: Runtime, text: str, stream: Any = None) -> None:
+    if runtime.main:
+        print(text, file=stream or sys.stdout, flush=True)

@@ -1,0 +1,88 @@
+"""Held-out measurements of supervised objectives, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.data.examples import Preference
+from rlhf.interfaces import Collective, StatsRequest, TokenStats
+from rlhf.models.layout import plain_rows
+from rlhf.models.policy import token_stats
+from rlhf.models.scalar import scalar_scores
+from rlhf.objectives.supervised import PairBatch
+from rlhf.programs.measure import global_means
+from rlhf.programs.streams import pair_batch
+from rlhf.rollout import TokenBatch
+from rlhf.runtime import microbatches
+from rlhf.runtime.distributed import Runtime
+
+
+def own_part(rows: Sequence[Any], runtime: Collective) -> list[Any]:
+    """Every world_size-th row; a rank that would get none takes the first, since collectives need every rank."""
+    return list(rows[runtime.rank :: runtime.world_size]) or list(rows[:1])
+
+
+def demonstration_loss(
+    model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], budget_tokens: int, runtime: Runtime
+) -> dict[str, float]:
+    """``eval/loss``: nats per trained token on held-out demonstrations."""
+    if not rows:
+        return {}
+    mine = own_part(rows, runtime)
+    batch = TokenBatch.from_ids([row[0] for row in mine], [row[1] for row in mine]).to(runtime.device)
+    request = StatsRequest()
+    found = microbatches.score(batch, lambda b: token_stats(model, plain_rows(b), request), budget_tokens, runtime)
+    return global_means({"eval/loss": (-found.logprobs.sum(), batch.completion_mask.sum())}, runtime)
+
+
+def pair_metrics(batch: PairBatch, stats: TokenStats, runtime: Collective) -> dict[str, float]:
+    """Accuracy, margin and mean score of the pairs just trained on, before the step."""
+    assert stats.scores is not None
+    chosen, rejected = stats.scores[batch.chosen], stats.scores[~batch.chosen]
+    pairs = torch.tensor(float(len(chosen)), device=chosen.device)
+    return global_means(
+        {
+            "reward_model/accuracy": ((chosen > rejected).sum(), pairs),
+            "reward_model/margin": ((chosen - rejected).sum(), pairs),
+            "reward_model/score_mean": (stats.scores.sum(), 2 * pairs),
+        },
+        runtime,
+    )
+
+
+def pairwise_accuracy(
+    model: nn.Module, pairs: Sequence[Preference], tokenizer: Any, budget_tokens: int, runtime: Runtime
+) -> dict[str, float]:
+    """``eval/accuracy``: share of held-out pairs with r(chosen) > r(rejected)."""
+    if not pairs:
+        return {}
+    batch = pair_batch(own_part(pairs, runtime), tokenizer).to(runtime.device)
+
+    def forward(part: TokenBatch) -> TokenStats:
+        scores = scalar_scores(model, plain_rows(part))
+        return TokenStats(logprobs=scores.new_zeros(0), scores=scores)
+
+    found = microbatches.score(batch, forward, budget_tokens, runtime)
+    metrics = pair_metrics(batch, found, runtime)
+    return {f"eval/{name.split('/')[1]}": value for name, value in metrics.items()}
+
+
+def mean_score(
+    model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], budget_tokens: int, runtime: Runtime
+) -> float:
+    """Mean score of given completions: what centring subtracts."""
+    mine = own_part(rows, runtime)
+    batch = TokenBatch.from_ids([row[0] for row in mine], [row[1] for row in mine]).to(runtime.device)
+
+    def forward(part: TokenBatch) -> TokenStats:
+        scores = scalar_scores(model, plain_rows(part))
+        return TokenStats(logprobs=scores.new_zeros(0), scores=scores)
+
+    found = microbatches.score(batch, forward, budget_tokens, runtime)
+    assert found.scores is not None
+    count = torch.tensor(float(len(mine)), device=runtime.device)
+    return global_means({"mean": (found.scores.sum(), count)}, runtime)["mean"]
