@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rlhf.maths.masking import (
     accumulator,
@@ -108,25 +109,29 @@ def shrinkage(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
 
 def _weight_of_others(means: Tensor, spread: Tensor, size: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """λ and the mean of the other groups' means, per group [n], each from the other groups only."""
-    centre = masked_mean(means, present)  # only against cancellation: variances do not depend on it
+    # Variances do not depend on the centre; near the values they keep their digits. The median holds beside an outlier.
+    centre = means[present].median()
     shifted = masked_fill(means - centre, present)
     freedom = masked_fill(size - 1, present)
     count = present.sum() - 1
-
-    def without_own(x: Tensor) -> Tensor:
-        return x.sum() - x
-
-    freedom_others = without_own(freedom)
-    within = without_own(spread) / freedom_others.clamp(min=1)
-    mean_others = without_own(shifted) / count
-    between = (without_own(shifted.square()) - count * mean_others.square()) / (count - 1)
-    inverse_size = without_own(masked_fill(1 / size.clamp(min=1), present)) / count
+    freedom_others = _without_own(freedom)
+    within = _without_own(spread) / freedom_others.clamp(min=1)
+    mean_others = _without_own(shifted) / count
+    between = (_without_own(shifted.square()) - count * mean_others.square()) / (count - 1)
+    inverse_size = _without_own(masked_fill(1 / size.clamp(min=1), present)) / count
     prompts = (between - within * inverse_size).clamp(min=0)
     error = prompts * (count + 1) / count + within * inverse_size / count
     # λ = (within/(k−1)) / (within/(k−1) + error), multiplied out so that k = 1 gives 1 and no spread gives 0.
     scale = within + freedom * error
     weight = torch.where((scale > 0) & (freedom_others > 0), within / scale.where(scale > 0, 1.0), 0.0)
     return torch.where(freedom == 0, 1.0, weight), mean_others + centre
+
+
+def _without_own(x: Tensor) -> Tensor:
+    """Σ_{h≠g} x_h for every g, [n] → [n]: what comes before plus what comes after, so nothing of x_g is left behind."""
+    before = F.pad(x.cumsum(0)[:-1], (1, 0))
+    after = F.pad(x.flip(0).cumsum(0)[:-1], (1, 0)).flip(0)
+    return before + after
 
 
 def greedy(greedy_rewards: Tensor) -> Tensor:

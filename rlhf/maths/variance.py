@@ -127,8 +127,8 @@ def noise_verdict(noise: Noise, groups: int, rollouts: float = 1.0, rank: float 
     error = trace * math.sqrt(2 / (pairs * rank))
     if noise.signal > z * error:
         return NoiseVerdict(noise.scale, True)
-    # (G² − s)² = z²·(e² + slope·G²), solved for its larger root; s ≤ z·e makes the constant term harmless.
-    slope = 4 * trace / (groups * rollouts * math.sqrt(rank))
-    half = noise.signal + z * z * slope / 2
-    ceiling = half + math.sqrt(max(half * half - noise.signal**2 + (z * error) ** 2, 0.0))
+    # (G² − s)² = z²·(e² + slope·G²), solved for its larger root; a negative s is taken as 0, which only widens it.
+    signal, slope = max(noise.signal, 0.0), 4 * trace / (groups * rollouts * math.sqrt(rank))
+    half = signal + z * z * slope / 2
+    ceiling = half + math.sqrt(half * half - signal**2 + (z * error) ** 2)
     return NoiseVerdict(trace / ceiling if ceiling > 0 else 0.0, False)
