@@ -113,7 +113,9 @@ class Sampler(Protocol):
 class Reward(Protocol):
     """One source of scores."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What its scores are called."""
 
     def score(self, rollout: Rollout, step: int) -> Tensor:
         """[B] float, NaN where the row cannot be scored; never 0 in place of a failure."""
