@@ -23,6 +23,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 # cache (smaller blocks pay for dispatch), and 256 MiB on a GPU.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
 _CHUNK = 64
+# 2^-31 one ulp down: the largest 31-bit integer rounds to 2^31 in fp32, and u must stay below 1.
+MINUS_SCALE = -(2.0**-31) * (1 - 2.0**-24)
 
 
 def row_keys(seed: int, step: int, slots: Tensor, samples: Tensor) -> Tensor:
@@ -116,8 +118,7 @@ class Workspace:
         # The same identification is wanted here: it makes a non-negative, uniform 31-bit integer with no masking.
         bits.bitwise_xor_(torch.bitwise_right_shift(bits, 16, out=shifted))
         noise.copy_(bits)
-        # The scale is 2^-31 one ulp down: the largest y rounds to 2^31 in fp32, and u must stay below 1.
-        torch.add(self.minus_half, noise, alpha=-(2.0**-31) * (1 - 2.0**-24), out=noise)
+        torch.add(self.minus_half, noise, alpha=MINUS_SCALE, out=noise)
         return noise.log1p_()
 
 
