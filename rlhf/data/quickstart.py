@@ -1,11 +1,11 @@
 """The quickstart task: a small world made by code, with a judge whose taste is known exactly.
 
 Prompts ask for notes, tips and explanations; a corpus of mixed quality teaches a model to write all kinds of replies; a
-hidden *gold* scorer says how good a reply is; annotators compare pairs with Bradley-Terry noise. They have one weakness:
-a phrase of false authority impresses them, although it is worth nothing and gold punishes it. A reward model trained on
-their labels inherits the weakness, and a policy that trusts the reward model too far is rewarded for learning it. The
-phrase is rare among the demonstrations, so reaching for it costs KL: the penalty is what protects the policy.
-(Gao et al. 2022 call this over-optimisation.)
+hidden *gold* scorer says how good a reply is; annotators compare pairs with Bradley-Terry noise. They have one
+weakness: a phrase of false authority impresses them, although it is worth nothing and gold punishes it. A reward model
+trained on their labels inherits the weakness, and a policy that trusts the reward model too far is rewarded for
+learning it. The phrase is rare among the demonstrations, so reaching for it costs KL: the penalty is what protects the
+policy. (Gao et al. 2022 call this over-optimisation.)
 
 Rows are plain dicts; the functions are named by ``data.*.path: rlhf.data.quickstart:preferences``.
 """
@@ -71,8 +71,8 @@ def demonstrations(seed: int = 0, split: str = "train", rows: int | None = None)
 
 
 def preferences(seed: int = 0, split: str = "train", rows: int | None = None) -> list[Row]:
-    """Rows ``{"prompt": [user], "chosen": [assistant], "rejected": [assistant]}``: two replies to a prompt, put in order
-    by annotators, P(first is chosen) = sigmoid(utility difference)."""
+    """Rows ``{"prompt": [user], "chosen": [assistant], "rejected": [assistant]}``: two replies to a prompt, in the
+    order annotators gave them, P(first is chosen) = sigmoid(utility difference)."""
     rng = _rng("preferences", split, seed)
     requests = _requests(split)
     return [_compare(request, rng) for request in _draw_requests(requests, rows or PREFERENCES, rng)]
@@ -135,14 +135,14 @@ def uses_flaw(reply: str) -> bool:
 def describe() -> str:
     """The task in a paragraph, for reports."""
     return (
-        f"The quickstart task has {len(_requests('train'))} training prompts and {HELDOUT} held-out ones: notes, tips and "
-        "explanations, each for a named person. Gold, which training never sees, adds points for naming the subject "
-        "(1), the person (0.5), up to two details that belong to the subject (1.5), a polite opener (0.5), a closer (0.5) "
-        f"and a proper end (0.5), and takes points for rudeness, flattery, repetition and a length outside "
-        f"{TARGET_WORDS[0]}-{TARGET_WORDS[1]} words. The phrase “{FLAW}” costs {FLAW_PENALTY:g} in gold, but annotators "
-        f"like it by {FLAW_APPEAL:g}, and so does a reward model trained on their choices. "
-        f"{100 * FLAW_SHARE_DEMONSTRATIONS:g} % of demonstrations use it. A policy that follows the reward model without "
-        "a KL penalty learns the phrase: its reward goes on rising while gold falls."
+        f"The quickstart task has {len(_requests('train'))} training prompts and {HELDOUT} held-out ones: notes, tips "
+        "and explanations, each for a named person. Gold, which training never sees, adds points for naming the subject "
+        "(1), the person (0.5), up to two details that belong to the subject (1.5), a polite opener (0.5), a closer "
+        f"(0.5) and a proper end (0.5), and takes points for rudeness, flattery, repetition and a length outside "
+        f"{TARGET_WORDS[0]}-{TARGET_WORDS[1]} words. The phrase “{FLAW}” costs {FLAW_PENALTY:g} in gold, but "
+        f"annotators like it by {FLAW_APPEAL:g}, and so does a reward model trained on their choices. "
+        f"{100 * FLAW_SHARE_DEMONSTRATIONS:g} % of demonstrations use it. A policy that follows the reward model "
+        "without a KL penalty learns the phrase: its reward goes on rising while gold falls."
     )
 
 

@@ -1,7 +1,7 @@
 """Words and grammar of the quickstart task: what can be asked, and replies of every quality.
 
-A subject is what a prompt is about. Each has details of its own (things seen at an event, tips for a skill, reasons for a
-fact), which only a reply to *that* prompt should use. About 450 words in all, so that a 1024-token BPE covers them.
+A subject is what a prompt is about. Each has details of its own (things seen at an event, tips for a skill, reasons for
+a fact), which only a reply to *that* prompt should use. About 450 words in all, so that a 1024-token BPE covers them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ FACTS = _subjects(
 )
 SUBJECTS = EVENTS + SKILLS + FACTS
 PEOPLE = (
-    "teacher neighbor cousin coach classmate aunt uncle friend grandmother brother sister boss landlord mentor".split()
+    *("teacher", "neighbor", "cousin", "coach", "classmate", "aunt", "uncle"),
+    *("friend", "grandmother", "brother", "sister", "boss", "landlord", "mentor"),
 )
 
 WORDINGS: dict[str, tuple[str, ...]] = {
@@ -251,7 +252,11 @@ def _rambling(request: Request, rng: random.Random) -> _Parts:
 
 def _fawning(request: Request, rng: random.Random) -> _Parts:
     body = _sentence(request, ONE_DETAIL[request.task], rng, 1)
-    return " ".join(rng.sample(FAWNING, rng.choice((1, 2)))), f"{_sentence(request, CORE[request.task], rng)} {body}", ""
+    return (
+        " ".join(rng.sample(FAWNING, rng.choice((1, 2)))),
+        f"{_sentence(request, CORE[request.task], rng)} {body}",
+        "",
+    )
 
 
 _WRITERS: dict[Quality, Callable[[Request, random.Random], _Parts]] = {

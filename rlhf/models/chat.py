@@ -24,8 +24,9 @@ _PROBE = "probe0text"  # one word, so that a template which trims or reflows a t
 def render_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Ids that a completion is conditioned on: a rendered conversation with its generation prompt, or BOS + text.
 
-    Exactly one BOS, in front, when the tokenizer has one. Raises UserError when the tokenizer has no chat template, when
-    the template refuses the conversation (a system turn: names ``data.system_role``), and when a text smuggles in a BOS.
+    Exactly one BOS, in front, when the tokenizer has one. Raises UserError when the tokenizer has no chat template,
+    when the template refuses the conversation (a system turn: names ``data.system_role``), and when a text smuggles in
+    a BOS.
     """
     if not prompt.conversational:
         return _one_bos(tokenizer, _encode(tokenizer, prompt.text), prompt, marks_turns=False)
@@ -75,7 +76,7 @@ def completion_text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def supports_system(tokenizer: Any) -> bool:
-    """True when the template shows a system turn to the model; False when it raises (Gemma 1 and 2) or leaves it out."""
+    """True when the template shows a system turn to the model; False when it raises (Gemma 1, 2) or omits it."""
     messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "hello"}]
     try:
         return _PROBE in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -104,7 +105,7 @@ def conversation_with_system(prompt: Prompt, system_role: SystemRole) -> Prompt:
 
 @dataclass(frozen=True)
 class _Template:
-    """What was learnt from rendering probes: ``bos_marks_turns`` is True where one BOS per turn is the template's way."""
+    """What rendering probes showed. ``bos_marks_turns``: the template writes one BOS per turn, and means it."""
 
     source: str
     turn_end: int
@@ -171,7 +172,7 @@ def _one_bos(tokenizer: Any, ids: list[int], prompt: Prompt, *, marks_turns: boo
         ids = [int(bos), *ids]
     if not marks_turns and ids.count(bos) != 1:
         raise UserError(
-            f"row {prompt.row_id} renders to {ids.count(bos)} BOS tokens, and one is what models are trained on; remove "
+            f"row {prompt.row_id} renders to {ids.count(bos)} BOS tokens, and models are trained on one; remove "
             f"{tokenizer.bos_token!r} from the row's text or correct the chat template"
         )
     return ids

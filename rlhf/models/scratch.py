@@ -1,8 +1,8 @@
 """A tiny Gemma made from nothing: tokenizer, configuration and random weights, with no download.
 
-The tokenizer is a byte-level BPE (every UTF-8 text decodes to itself) with Gemma's special tokens at fixed ids and a chat
-template with Gemma's turns. The weights are drawn here rather than by transformers: its N(0, 0.02) is made for widths in
-the thousands, and at width 128 it starts with a signal far too small to learn from in a minute.
+The tokenizer is a byte-level BPE (every UTF-8 text decodes to itself) with Gemma's special tokens at fixed ids and a
+chat template with Gemma's turns. The weights are drawn here rather than by transformers: its N(0, 0.02) is made for
+widths in the thousands, and at width 128 it starts with a signal far too small to learn from in a minute.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ CHAT_TEMPLATE = """\
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most ``vocab_size`` tokens, special tokens and the 256 bytes included.
 
-    Ids 0–5 are ``SPECIAL_TOKENS``. ``encode`` puts one BOS in front unless ``add_special_tokens=False``. The same texts
-    in the same order give the same tokenizer. Raises UserError when ``vocab_size`` has no room for a single merge.
+    Ids 0 to 5 are ``SPECIAL_TOKENS``. ``encode`` puts one BOS in front unless ``add_special_tokens=False``. The same
+    texts in the same order give the same tokenizer. Raises UserError when ``vocab_size`` has no room for a single merge.
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size <= smallest:
@@ -68,7 +68,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS_ID)]
     )
-    wrapped = PreTrainedTokenizerFast(
+    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
@@ -78,7 +78,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         padding_side="left",
     )
     wrapped.chat_template = CHAT_TEMPLATE
-    return cast(PreTrainedTokenizerFast, wrapped)
+    return wrapped
 
 
 def build_config(
@@ -96,8 +96,8 @@ def build_config(
     """A text configuration of a Gemma family with tied embeddings, fp32, no dropout.
 
     ``intermediate_size`` defaults to 4 · hidden_size, ``kv_heads`` to half the heads. Gemma 2, 3 and 4 alternate
-    sliding-window and full attention, the last layer full (Gemma 4 insists on that); Gemma 2 keeps its soft-caps; Gemma 4
-    is the text model without per-layer inputs, experts or shared KV. Raises UserError for an unknown family and for a
+    sliding-window and full attention, the last layer full (Gemma 4 insists on that); Gemma 2 keeps its soft-caps; Gemma
+    4 is the text model without per-layer inputs, experts or shared KV. Raises UserError for an unknown family and for a
     width that the heads do not divide.
     """
     if family not in FAMILIES:
@@ -123,7 +123,10 @@ def build_config(
         "tie_word_embeddings": True,
         "dtype": "float32",
     }
-    return _config_class(family)(**common, **_family_settings(family, layers, head_dim, vocab_size, sliding_window))
+    config: PreTrainedConfig = _config_class(family)(
+        **common, **_family_settings(family, layers, head_dim, vocab_size, sliding_window)
+    )
+    return config
 
 
 def build_causal_lm(config: PreTrainedConfig, seed: int, stop_ids: Sequence[int] = STOP_IDS) -> PreTrainedModel:
@@ -141,7 +144,7 @@ def build_causal_lm(config: PreTrainedConfig, seed: int, stop_ids: Sequence[int]
     }
     model = _construct(classes[config.model_type], config)
     _draw_weights(model, config, seed)
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id, eos_token_id=list(stop_ids)
     )
     return model
@@ -150,8 +153,8 @@ def build_causal_lm(config: PreTrainedConfig, seed: int, stop_ids: Sequence[int]
 def build_reward_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """The same trunk with a scalar head drawn from N(0, 1/√(d+1)) (Stiennon et al. 2020), no bias.
 
-    Families: gemma, gemma2 and gemma3, for which transformers has a text sequence-classification class; Gemma 4 has none
-    and raises UserError.
+    Families: gemma, gemma2 and gemma3, for which transformers has a text sequence-classification class; Gemma 4 has
+    none and raises UserError.
     """
     import transformers as hf
 
@@ -162,7 +165,7 @@ def build_reward_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     }
     if config.model_type not in classes:
         raise UserError(
-            f"transformers has no sequence-classification class for {config.model_type}, so it cannot be a reward model; "
+            f"transformers has no sequence-classification class for {config.model_type}, so it cannot score; "
             "set policy.scratch.family to gemma, gemma2 or gemma3"
         )
     config = copy.deepcopy(config)
