@@ -39,7 +39,7 @@ def redact_text(text: str) -> str:
     return _clean(text, _environment_secrets())
 
 
-def visible(text: str, *, newlines: bool = True) -> str:
+def printable(text: str, *, newlines: bool = True) -> str:
     r"""Text safe to show: control characters as ``\xNN``, direction marks and lone surrogates as ``\uNNNN``.
 
     newlines: keep line feeds (and tabs); otherwise they are shown as ``\n`` and ``\t``.
