@@ -58,9 +58,8 @@ def test_control_characters_are_spelled_out() -> None:
 def test_a_thousand_random_strings_show_no_control_character() -> None:
     generator = random.Random(0)
     for _ in range(1000):
-        text = "".join(
-            chr(generator.choice([generator.randrange(0x250), generator.randrange(0x11000)])) for _ in "x" * 40
-        )
+        codes = [generator.choice([generator.randrange(0x250), generator.randrange(0x11000)]) for _ in range(40)]
+        text = "".join(map(chr, codes))
         shown = printable(text, newlines=False)
         assert all(ord(c) >= 32 and not 0x7F <= ord(c) < 0xA0 and not 0xD800 <= ord(c) < 0xE000 for c in shown)
         shown.encode()

@@ -35,7 +35,8 @@ config = {"objective": "reinforce", "reward": {"api_key": "canary"}}
 tracker = build_tracker(run, to=["wandb"], project="p", run_name="n", config=config, main=True, total_steps=3)
 for step in (1, 2, 3):
     tracker.log(step, {"reward/score_mean": step / 4, "policy/loss": float("nan")})
-    tracker.samples(step, [{"prompt": f"prompt {step}", "completion": "<b>\\x1b", "reward": 1.0, "scores": {"gold": 2.0}}])
+    row = {"prompt": f"prompt {step}", "completion": "<b>\\x1b", "reward": 1.0, "scores": {"gold": 2.0}}
+    tracker.samples(step, [row])
     if sys.argv[1] == "kill" and step == 1:
         for helper in helpers(os.getpid()):
             os.kill(helper, signal.SIGKILL)
