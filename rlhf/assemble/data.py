@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf.data import load as data
-from rlhf.data.examples import Demonstration
+from rlhf.data.examples import Preference
 from rlhf.programs.streams import demonstration_ids
 from rlhf.recipe import Recipe
 from rlhf.recipe.schema import DataSource
@@ -28,23 +28,37 @@ def sources(entries: Sequence[DataSource]) -> list[data.SourceSpec]:
 
 
 def prompts(recipe: Recipe, entries: Sequence[DataSource], tokenizer: Any) -> tuple[list[Prompt], data.LoadReport]:
-    settings = recipe.data
     return data.load_prompts(
-        sources(entries),
-        tokenizer=tokenizer,
-        prompt_tokens=settings.prompt_tokens,
-        max_prompt_tokens=settings.max_prompt_tokens,
-        long_prompts=settings.long_prompts,
-        system_role=settings.system_role,
-        seed=recipe.run.seed,
+        sources(entries), tokenizer=tokenizer, prompt_tokens=recipe.data.prompt_tokens, **_limits(recipe)
     )
 
 
 def demonstrations(
     recipe: Recipe, entries: Sequence[DataSource], tokenizer: Any
-) -> list[tuple[list[int], list[int]]]:
+) -> tuple[list[tuple[list[int], list[int]]], data.LoadReport]:
     """(conditioning ids, trained ids) of every demonstration."""
-    rows: list[Demonstration]
-    rows, _ = data.load_demonstrations(sources(entries), tokenizer=tokenizer, system_role=recipe.data.system_role)
+    rows, report = data.load_demonstrations(sources(entries), tokenizer=tokenizer, **_limits(recipe))
     only = recipe.sft.completion_only
-    return [demonstration_ids(row, tokenizer, completion_only=only, max_tokens=None) for row in rows]
+    return [demonstration_ids(row, tokenizer, completion_only=only) for row in rows], report
+
+
+def preferences(
+    recipe: Recipe, entries: Sequence[DataSource], tokenizer: Any, epoch: int = 0
+) -> tuple[list[Preference], data.LoadReport]:
+    return data.load_preferences(sources(entries), tokenizer=tokenizer, epoch=epoch, **_limits(recipe))
+
+
+def _limits(recipe: Recipe) -> dict[str, Any]:
+    settings = recipe.data
+    return {
+        "max_prompt_tokens": settings.max_prompt_tokens,
+        "long_prompts": settings.long_prompts,
+        "system_role": settings.system_role,
+        "seed": recipe.run.seed,
+    }
+
+
+def tell(note: Callable[[str], None], key: str, report: data.LoadReport) -> None:
+    """One line a source: what was used, and what was dropped for which reason."""
+    for line in report.lines():
+        note(f"{key}: {line}")

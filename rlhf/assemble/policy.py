@@ -69,7 +69,9 @@ def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
         for entry in settings.models
     ]
     functions = [
-        FunctionReward(entry.call, load_function(entry.call), weight=entry.weight, max_steps=steps)
+        FunctionReward(
+            name=entry.call.partition(":")[2], function=load_function(entry.call), weight=entry.weight, max_steps=steps
+        )
         for entry in settings.functions
     ]
     return RewardSet(
@@ -105,7 +107,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     own = runtime.share(recipe.batch.prompts_per_step, "prompts")
     tokenizer = models.tokenizer_of(recipe)
     train_prompts, report = data.prompts(recipe, recipe.data.train, tokenizer)
-    session.note(f"data.train: {report}")
+    data.tell(session.note, "data.train", report)
     held_out = _held_out(recipe, session, tokenizer)
     mixed = _instruction_rows(recipe, tokenizer)
     steps = recipe.run.steps or math.ceil(len(train_prompts) / recipe.batch.prompts_per_step)
@@ -148,14 +150,14 @@ def _held_out(recipe: Recipe, session: Session, tokenizer: Any) -> list[Prompt]:
     if not recipe.data.eval:
         return []
     found, report = data.prompts(recipe, recipe.data.eval, tokenizer)
-    session.note(f"data.eval: {report}")
+    data.tell(session.note, "data.eval", report)
     return found[: recipe.eval.samples]
 
 
 def _instruction_rows(recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     if recipe.instruction.coefficient == 0:
         return []
-    return data.demonstrations(recipe, recipe.data.instruction, tokenizer)
+    return data.demonstrations(recipe, recipe.data.instruction, tokenizer)[0]
 
 
 def _instruction(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import nn
 
 from rlhf.assemble import data, models
 from rlhf.assemble.job import Job
-from rlhf.data import load as loading
 from rlhf.data.examples import Preference
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.models.policy import ScoredModel
@@ -31,9 +30,12 @@ def sft(recipe: Recipe, session: Session) -> Job:
     runtime, size = session.runtime, recipe.batch.prompts_per_step
     own = runtime.share(size, "rows")
     tokenizer = models.tokenizer_of(recipe)
-    rows = data.demonstrations(recipe, recipe.data.train, tokenizer)
-    session.note(f"data.train: {len(rows)} demonstrations")
-    held_out = data.demonstrations(recipe, recipe.data.eval, tokenizer) if recipe.data.eval else []
+    rows, report = data.demonstrations(recipe, recipe.data.train, tokenizer)
+    data.tell(session.note, "data.train", report)
+    held_out = []
+    if recipe.data.eval:
+        held_out, report = data.demonstrations(recipe, recipe.data.eval, tokenizer)
+        data.tell(session.note, "data.eval", report)
     steps = recipe.run.steps or recipe.sft.epochs * math.ceil(len(rows) / size)
     policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
@@ -57,10 +59,12 @@ def reward(recipe: Recipe, session: Session) -> Job:
     runtime, size = session.runtime, recipe.batch.prompts_per_step
     own = runtime.share(size, "pairs")
     tokenizer = models.tokenizer_of(recipe)
-    epoch_pairs = _epochs(recipe, recipe.data.train)
-    first = epoch_pairs(0)
-    session.note(f"data.train: {len(first)} pairs")
-    held_out = _epochs(recipe, recipe.data.eval)(0)[: recipe.eval.samples] if recipe.data.eval else []
+    first, report = data.preferences(recipe, recipe.data.train, tokenizer)
+    data.tell(session.note, "data.train", report)
+    held_out: list[Preference] = []
+    if recipe.data.eval:
+        held_out, report = data.preferences(recipe, recipe.data.eval, tokenizer)
+        data.tell(session.note, "data.eval", report)
     steps = recipe.run.steps or recipe.reward_model.epochs * math.ceil(len(first) / size)
     model = ScalarModel(models.classifier(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     wrapped, optimizer = distributed.prepare(runtime, model, models.adamw(recipe, model))
@@ -71,7 +75,7 @@ def reward(recipe: Recipe, session: Session) -> Job:
         objective=BradleyTerry(),
         updater=models.updater(recipe, runtime, wrapped, optimizer, scalar_forward, steps),
         batches=streams.ShuffledPairs(
-            epoch_pairs=epoch_pairs,
+            epoch_pairs=_epochs(recipe, tokenizer, first),
             per_epoch=len(first),
             per_step=size,
             seed=recipe.run.seed,
@@ -80,7 +84,7 @@ def reward(recipe: Recipe, session: Session) -> Job:
         ),
         steps=steps,
         eval_every=recipe.eval.every_steps or 0,
-        evaluate=lambda m: scoring.pairwise_accuracy(m, held_out, tokenizer, budget, runtime),
+        evaluate=lambda m: scoring.pairwise_accuracy(m, held_out[: recipe.eval.samples], tokenizer, budget, runtime),
         batch_metrics=lambda batch, stats: scoring.pair_metrics(batch, stats, runtime),  # type: ignore[arg-type]
     )
     center = partial(_center, recipe, session, tokenizer, first) if recipe.reward_model.center else _leave
@@ -94,15 +98,12 @@ def reward(recipe: Recipe, session: Session) -> Job:
     )
 
 
-def _epochs(recipe: Recipe, entries: Sequence[Any]) -> Any:
-    """epoch → its pairs; labelled text is paired anew each epoch, and the last epochs asked for are kept."""
+def _epochs(recipe: Recipe, tokenizer: Any, first: list[Preference]) -> Callable[[int], list[Preference]]:
+    """epoch → its pairs; labelled text is paired anew each epoch. The last two epochs asked for are kept."""
 
     @functools.lru_cache(maxsize=2)
     def pairs(epoch: int) -> list[Preference]:
-        found, _ = loading.load_preferences(
-            data.sources(entries), seed=recipe.run.seed, epoch=epoch, system_role=recipe.data.system_role
-        )
-        return found
+        return data.preferences(recipe, recipe.data.train, tokenizer, epoch)[0] if epoch else first
 
     return pairs
 

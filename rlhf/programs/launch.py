@@ -17,7 +17,6 @@ from rlhf.errors import ExitCode, UserError
 from rlhf.interfaces import TrainState
 from rlhf.models import load
 from rlhf.models.chat import stop_ids
-from rlhf.programs.report import write_report
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
 from rlhf.runtime import distributed
@@ -86,7 +85,9 @@ def _guarded(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> ExitC
         traceback.print_exc()
         return code
     _finish(runtime, directory, "finished", ExitCode.DONE, "done", step)
-    if runtime.main:
+    if runtime.main and assemble.program_of(recipe) == "policy":
+        from rlhf.programs.report import write_report
+
         _say(runtime, f"report: {write_report(directory.path)}")
     return ExitCode.DONE
 

@@ -107,8 +107,8 @@ def fill_needs(
         best = run.rewards.score(run.sampler.greedy(causal_lm(run.model), prompts, slots, step), step)
         assert best.rewards is not None
         rewards = dict(zip(best.group.tolist(), best.rewards.tolist(), strict=True))
-        per_row = [rewards[group] for group in rollout.group.tolist()]
-        rollout = replace(rollout, greedy_rewards=torch.tensor(per_row, device=rollout.group.device))
+        per_row = torch.tensor([rewards[group] for group in rollout.group.tolist()], device=rollout.group.device)
+        rollout = replace(rollout, greedy_rewards=per_row)  # NaN where unscorable: maths.baselines.greedy fills those
     return rollout
 
 
@@ -137,4 +137,4 @@ def totals(rollout: Rollout, session: Session) -> tuple[int, int]:
 
 def step_metrics(run: PolicyRun, rollout: Rollout, report: UpdateReport) -> dict[str, float]:
     metrics = measure.rollout_metrics(rollout, report.stats, run.beta, run.session.runtime)
-    return {**metrics, **measure.update_metrics(report, run.updater.max_grad_norm), **run.rewards.metrics(rollout)}
+    return {**metrics, **measure.update_metrics(report, run.updater.max_grad_norm), **run.rewards.metrics(rollout, run.session.runtime)}

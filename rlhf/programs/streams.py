@@ -13,7 +13,6 @@ from rlhf.data.order import positions
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.objectives.supervised import Demonstrations, PairBatch
 from rlhf.rollout import Prompt, TokenBatch
-from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import Term
 
 
@@ -33,14 +32,14 @@ class ShuffledPrompts:
 
 
 def demonstration_ids(
-    example: Demonstration, tokenizer: Any, *, completion_only: bool, max_tokens: int | None
+    example: Demonstration, tokenizer: Any, *, completion_only: bool
 ) -> tuple[list[int], list[int]]:
     """(conditioning ids, ids that are trained on). With ``completion_only`` false only the first id is given."""
     prompt = render_prompt(tokenizer, example.prompt)
     completion = render_completion(tokenizer, example.prompt, example.completion)
     if not completion_only:
         prompt, completion = prompt[:1], prompt[1:] + completion
-    return prompt, completion[:max_tokens]
+    return prompt, completion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +98,3 @@ class ShuffledPairs:
         rows = positions(step, self.per_step, self.per_epoch, self.seed)
         where = [((first + offset) // self.per_epoch, row) for offset, row in enumerate(rows)]
         return pair_batch([self.epoch_pairs(epoch)[row] for epoch, row in where[self.own]], self.tokenizer)
-
-
-def share(runtime: Runtime, per_step: int, what: str) -> slice:
-    """This rank's part of a step. Raises UserError where the parts would be unequal."""
-    return runtime.share(per_step, what)
