@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rlhf.tracking.records import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +36,29 @@ class Outcome:
 
 def outcome(run: Path) -> Outcome | None:
     """Reads samples.jsonl; None where the run evaluated nothing before and after."""
-    path = run / "samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return compare(read_rows(run / "samples.jsonl")[0])
+
+
+def compare(rows: Sequence[Mapping[str, Any]]) -> Outcome | None:
+    """Pairs the rows of phases ``before`` and ``after`` by slot, or by prompt where rows have no slot."""
     # a run killed after its last evaluation writes it again when resumed: the last row of a slot counts
-    before = {row["slot"]: row for row in rows if row.get("phase") == "before"}
-    after = {row["slot"]: row for row in rows if row.get("phase") == "after"}
-    pairs = [(before[slot], after[slot]) for slot in sorted(before.keys() & after.keys())]
+    before = {_slot(row): row for row in rows if row.get("phase") == "before"}
+    after = {_slot(row): row for row in rows if row.get("phase") == "after"}
+    pairs = [(row, after[slot]) for slot, row in before.items() if slot in after]
     if not pairs:
         return None
-    names = ["reward", "kl", "tokens", *pairs[0][0]["scores"]]
+    names = ["reward", "kl", "tokens", *(pairs[0][0].get("scores") or {})]
     found = {name: _change([(_value(b, name), _value(a, name)) for b, a in pairs]) for name in names}
     return Outcome(changes={name: change for name, change in found.items() if change is not None}, pairs=pairs)
 
 
+def _slot(row: Mapping[str, Any]) -> str:
+    return str(row["slot"] if "slot" in row else row.get("prompt"))
+
+
 def _value(row: Mapping[str, Any], name: str) -> float | None:
-    value: float | None = row[name] if name in ("reward", "kl", "tokens") else row["scores"].get(name)
-    return value
+    value = row.get(name) if name in ("reward", "kl", "tokens") else (row.get("scores") or {}).get(name)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _change(values: Sequence[tuple[float | None, float | None]]) -> Change | None:
