@@ -94,7 +94,7 @@ def update_metrics(report: UpdateReport, max_grad_norm: float | None) -> dict[st
     """Losses, gradient norm and step size of one optimizer step."""
     clipped = max_grad_norm is not None and report.grad_norm > max_grad_norm
     return {
-        **{f"policy/{name}_loss" if name != "policy" else "policy/loss": v for name, v in report.losses.items()},
+        **{"policy/loss" if name == "policy" else f"loss/{name}": value for name, value in report.losses.items()},
         "optim/grad_norm": report.grad_norm,
         "optim/clip_fraction": float(clipped),
         "optim/lr": report.lr,
