@@ -79,6 +79,19 @@ def test_shrinkage_gives_a_lone_completion_the_other_prompts() -> None:
     assert baselines.shrinkage(rewards, group, valid)[0].item() == pytest.approx((2 + 5 + 0) / 3, rel=1e-12)
 
 
+def test_shrinkage_with_one_completion_a_prompt_is_the_mean_of_the_others() -> None:
+    found = baselines.shrinkage(torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.arange(4), torch.ones(4, dtype=torch.bool))
+    assert found.tolist() == pytest.approx([11 / 3, 10 / 3, 3, 2])
+
+
+def test_shrinkage_keeps_its_digits_under_a_large_common_reward() -> None:
+    """At 1e8 the squares of the means hold no digit of a variance of 1 unless they are centred first."""
+    rewards = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    group, valid = torch.arange(12) // 2, torch.ones(12, dtype=torch.bool)
+    shifted = baselines.shrinkage(rewards + 1e8, group, valid) - 1e8
+    torch.testing.assert_close(shifted, baselines.shrinkage(rewards, group, valid), rtol=0, atol=1e-6)
+
+
 def test_shrinkage_leaves_unscored_rows_out() -> None:
     generator = torch.Generator().manual_seed(0)
     rewards, group = torch.randn(12, generator=generator), torch.arange(12) // 2

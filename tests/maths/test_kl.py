@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -104,6 +105,13 @@ def test_loss_sums_by_hand() -> None:
     found = kl.k3_token_loss_sum(LOGPROBS, REFERENCE, TOKENS, SCORED)
     assert found.item() == pytest.approx(math.exp(-1) + (math.exp(-0.5) - 0.5) + (math.exp(2) - 3))
     assert kl.exact_local_loss_sum(LOGPROBS, TOKENS, SCORED).item() == -6
+
+
+@pytest.mark.parametrize("loss", [kl.k2_sequence_loss_sum, kl.k3_token_loss_sum])
+def test_the_reference_is_frozen(loss: Callable[..., Tensor]) -> None:
+    policy, reference = LOGPROBS.clone().requires_grad_(), REFERENCE.clone().requires_grad_()
+    total = loss(policy, reference, TOKENS, SCORED)
+    assert torch.autograd.grad(total, reference, allow_unused=True)[0] is None
 
 
 @pytest.mark.parametrize("name", ["k2_sequence_loss_sum", "k3_token_loss_sum"])

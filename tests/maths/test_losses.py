@@ -73,14 +73,14 @@ def test_length_normalised_by_hand() -> None:
 
 
 def test_clipped_surrogate_by_hand() -> None:
-    """Ratios 2 and ½ with clip .2/.3. A > 0: 1.3 and ½; A < 0: −2 and −.8. Two tokens lose their gradient."""
+    """Ratios 2 and ½ with clip .2/.4. A > 0: 1.4 and ½; A < 0: −3·2 and −3·.8. Two tokens lose their gradient."""
     ratio = torch.tensor([[2.0, 0.5], [2.0, 0.5]]).log().requires_grad_()
     old, mask = torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool)
-    total, count = losses.clipped_surrogate_sum(ratio, old, torch.tensor([1.0, -1.0]), mask, mask[:, 0], 0.2, 0.3)
-    assert total.item() == pytest.approx(-(1.3 + 0.5 - 2 - 0.8))
+    total, count = losses.clipped_surrogate_sum(ratio, old, torch.tensor([1.0, -3.0]), mask, mask[:, 0], 0.2, 0.4)
+    assert total.item() == pytest.approx(-(1.4 + 0.5 - 6 - 2.4))
     assert count.item() == 2
     (gradient,) = torch.autograd.grad(total, ratio)
-    assert gradient.flatten().tolist() == pytest.approx([0, -0.5, 2, 0])
+    assert gradient.flatten().tolist() == pytest.approx([0, -0.5, 6, 0])
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.2, 1e9])
@@ -97,6 +97,8 @@ def test_ppo_at_the_old_policy_is_reinforce_to_the_last_bit(clip: float) -> None
         return torch.autograd.grad(loss(logprobs.token_logprobs(hidden @ live, targets)), live)[0]
 
     old = logprobs.token_logprobs(hidden @ weight, targets)
+    _, clipped = losses.clipped_surrogate_sum(old, old, advantages, mask, valid, clip, clip)
+    assert clipped.item() == 0
     ppo = gradient(lambda x: losses.clipped_surrogate_sum(x, old, advantages, mask, valid, clip, clip)[0])
     assert torch.equal(ppo, gradient(lambda x: losses.policy_gradient_sum(x, advantages, mask, valid)))
 
