@@ -44,7 +44,7 @@ def accelerate_config_file(path_or_name: str) -> Path:
 
 
 def command_name(file: Path) -> str:
-    """How a user would name this recipe on the command line: a relative path where it is short, else the shipped name."""
+    """How to name this recipe on the command line: a relative path where it is short, else the shipped name."""
     if file.resolve().is_relative_to(Path.cwd()):
         return str(file.resolve().relative_to(Path.cwd()))
     names = {path.resolve(): name for name, path in shipped_recipes().items()}

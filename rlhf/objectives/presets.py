@@ -1,4 +1,4 @@
-"""The one table of objectives: name → class, formula, what it needs. Torch-free, so that a recipe is checked quickly."""
+"""The one table of objectives: name → class, formula, what it needs. Torch-free: checking a recipe must be quick."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
 
 # Names that people know and that this version refuses by name, instead of guessing at a near one.
 NOT_IN_THIS_VERSION = frozenset(
-    "ppo dpo rloo remax reinforce_plus_plus reinforce_plus_plus_baseline grpo dr_grpo a2c raft trpo kto simpo".split()
+    (
+        *("ppo", "dpo", "rloo", "remax", "reinforce_plus_plus", "reinforce_plus_plus_baseline"),
+        *("grpo", "dr_grpo", "a2c", "raft", "trpo", "kto", "simpo"),
+    )
 )
 
 

@@ -1,7 +1,8 @@
 """The recipe: schema, loader and rules. Nothing here imports torch, so that a broken recipe is answered at once."""
 
 from rlhf.recipe.load import load_recipe, override
-from rlhf.recipe.rules import ignored_sections, remarks
+from rlhf.recipe.remarks import remarks
+from rlhf.recipe.rules import ignored_sections
 from rlhf.recipe.schema import Recipe
 
 __all__ = ["Recipe", "ignored_sections", "load_recipe", "override", "remarks"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.locate import recipe_file
+from rlhf.locate import command_name, recipe_file
 from rlhf.recipe.marks import Document, KeyPath, Problem, plain, read_file, read_text
 from rlhf.recipe.paths import path_rules, secrets
 from rlhf.recipe.rules import RULES
@@ -24,7 +25,8 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError with one line per problem.
     """
     file = recipe_file(path_or_name)
-    return _build(read_file(file), overrides, str(file), file.parent)
+    shown_as = path_or_name if Path(path_or_name).expanduser().is_file() else command_name(file)
+    return _build(read_file(file), overrides, shown_as, file.parent)
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -91,7 +93,7 @@ def _build(document: Document, overrides: Sequence[str], name: str, folder: Path
 def _lines(problems: Iterable[Problem], marks: Mapping[KeyPath, int], texts: Iterable[KeyPath], name: str) -> list[str]:
     located = []
     for problem in problems:
-        key = ".".join(map(str, problem.path))
+        key = ".".join(_key_shown(part) for part in problem.path)
         origin = next((path for path in texts if problem.path[: len(path)] == path), None)
         if origin is not None:
             located.append((10**9, f"override {key}: {problem.message}"))
@@ -100,6 +102,10 @@ def _lines(problems: Iterable[Problem], marks: Mapping[KeyPath, int], texts: Ite
         where = f"{name}:{line}" if line else name
         located.append((line or 0, f"{where}: {key}: {problem.message}" if key else f"{where}: {problem.message}"))
     return list(dict.fromkeys(text for _, text in sorted(located, key=lambda entry: entry[0])))
+
+
+def _key_shown(key: str | int) -> str:
+    return str(key) if isinstance(key, int) or re.fullmatch(r"[\w-]{1,60}", key) else shown(key)
 
 
 def _line_of(path: KeyPath, marks: Mapping[KeyPath, int]) -> int | None:

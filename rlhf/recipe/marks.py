@@ -119,7 +119,8 @@ def two_readings(text: str) -> str | None:
 
 def dump(value: Any) -> str:
     """YAML text that ``read_text`` and YAML 1.1 readers read back alike."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return text
 
 
 class _Dumper(yaml.SafeDumper):
@@ -144,7 +145,7 @@ class _Composer(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
         self.nodes += 1
-        line = self.peek_event().start_mark.line + 1
+        line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
         if self.depth > MAX_DEPTH:
             raise _TooMuch(line, f"more than {MAX_DEPTH} levels deep; a recipe has four")
         if self.nodes > MAX_NODES:
@@ -226,7 +227,7 @@ class _Builder:
                 result[key] = self.build(value_node, (*path, key), parents)
         return result
 
-    def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+    def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         if node.style is not None:
             return node.value
         reading = two_readings(node.value)

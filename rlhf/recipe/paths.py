@@ -17,11 +17,11 @@ from rlhf.locate import command_name, shipped_recipes
 from rlhf.objectives.presets import is_dotted
 from rlhf.recipe.marks import KeyPath, Problem, read_file
 from rlhf.recipe.rules import on_policy, reads
-from rlhf.recipe.schema import Recipe, Run, fill
+from rlhf.recipe.schema import Recipe, fill
+from rlhf.recipe.sections import Run
 from rlhf.recipe.validate import Rule
 from rlhf.recipe.wording import is_secret, near, shown
 
-PATH_RULES: list[Rule] = []
 Place = Literal["function", "local", "hub", "unclear"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
@@ -60,7 +60,12 @@ def secrets(value: Any, path: KeyPath = ()) -> Iterator[Problem]:
 
 def path_rules(folder: Path | None) -> list[Rule]:
     """The rules that look at the disk. ``folder``: where the recipe lies; its neighbours may make what it needs."""
-    return [_output_is_a_place_of_its_own, _no_variables, lambda recipe: _inputs(recipe, folder), _fits_the_context]
+
+    def models_exist(recipe: Recipe) -> Iterator[Problem]:
+        for key, value in _model_paths(recipe):
+            yield from _model_problems(key, value, folder)
+
+    return [_output_is_a_place_of_its_own, _no_variables, _data_exists, models_exist, _code_exists, _fits_the_context]
 
 
 def _output_is_a_place_of_its_own(recipe: Recipe) -> Iterator[Problem]:
@@ -89,7 +94,9 @@ def _overlap(recipe: Recipe, output: Path) -> Iterator[Problem]:
         source = Path(value).expanduser()
         if source.is_dir() and (output == source.resolve() or output.is_relative_to(source.resolve())):
             name = ".".join(map(str, key))
-            yield Problem(("run", "output_dir"), f"{shown(str(output))} lies in {name}: the run would write into its input")
+            yield Problem(
+                ("run", "output_dir"), f"{shown(str(output))} lies in {name}: the run would write into its input"
+            )
         elif source.is_dir() and source.resolve().is_relative_to(output):
             name = ".".join(map(str, key))
             yield Problem(("run", "output_dir"), f"{shown(str(output))} holds {name}: that folder is another run's")
@@ -106,13 +113,15 @@ def _no_variables(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def _inputs(recipe: Recipe, folder: Path | None) -> Iterator[Problem]:
+def _data_exists(recipe: Recipe) -> Iterator[Problem]:
     for key, value in _data_paths(recipe):
         yield from _data_problems(key, value)
-    for key, value in _model_paths(recipe):
-        yield from _model_problems(key, value, folder)
-    if recipe.policy.chat_template != "auto" and not Path(recipe.policy.chat_template).expanduser().is_file():
-        yield Problem(("policy", "chat_template"), f"no file {shown(recipe.policy.chat_template)}; auto = the model's own")
+
+
+def _code_exists(recipe: Recipe) -> Iterator[Problem]:
+    template = recipe.policy.chat_template
+    if template != "auto" and not Path(template).expanduser().is_file():
+        yield Problem(("policy", "chat_template"), f"no file {shown(template)}; auto = the model's own")
     for key, call in _calls(recipe):
         if not _importable(call):
             yield Problem(key, _not_importable(call))
@@ -128,6 +137,8 @@ def _data_problems(key: KeyPath, value: str) -> Iterator[Problem]:
         yield Problem(key, f"{shown(value)} is no file, hub id (owner/name) or package.module:function")
     elif where == "local" and not file.exists():
         yield Problem(key, f"{shown(value)} does not exist{_neighbours(file)}")
+    elif where == "local" and file.is_file() and file.suffix not in (".jsonl", ".json"):
+        yield Problem(key, f"{shown(value)}: files end in .jsonl or .json; convert it, one JSON object per line")
     elif where == "local" and file.is_file() and file.stat().st_size == 0:
         yield Problem(key, f"{shown(value)} is an empty file")
 

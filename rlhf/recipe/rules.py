@@ -1,4 +1,4 @@
-"""Rules between keys, each with its reason; what a recipe sets and nothing reads; remarks that stop nobody.
+"""Rules between keys, each with its reason; and what a recipe sets that its objective does not read.
 
 A rule looks only at what the objective reads: sections of other objectives may hold anything the schema allows.
 """
@@ -9,30 +9,18 @@ from collections.abc import Callable, Iterator
 
 from rlhf.objectives.presets import NOT_IN_THIS_VERSION, OBJECTIVES, is_dotted, preset
 from rlhf.recipe.marks import Problem
-from rlhf.recipe.schema import Policy, Recipe
+from rlhf.recipe.schema import Recipe
 from rlhf.recipe.validate import Rule
 from rlhf.recipe.wording import near, shown
 
 RULES: list[Rule] = []
-_REMARKS: list[Callable[[Recipe], Iterator[str]]] = []
 
 _GROUP_BASELINES = ("leave_one_out", "shrinkage", "optimal_token")
-_SEQUENCE_BASELINES = ("moving_average", "batch_mean", "greedy", "shrinkage", "optimal_token")
 
 
 def rule(function: Callable[[Recipe], Iterator[Problem]]) -> Callable[[Recipe], Iterator[Problem]]:
     RULES.append(function)
     return function
-
-
-def remark(function: Callable[[Recipe], Iterator[str]]) -> Callable[[Recipe], Iterator[str]]:
-    _REMARKS.append(function)
-    return function
-
-
-def remarks(recipe: Recipe) -> list[str]:
-    """What a valid recipe's author may want to know before it runs."""
-    return [text for function in _REMARKS for text in function(recipe)]
 
 
 def ignored_sections(recipe: Recipe) -> list[str]:
@@ -78,14 +66,6 @@ def name_is_no_folder_reference(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("run", "name"), f"{shown(recipe.run.name)} means a folder, not a name; use letters or digits")
 
 
-@rule
-def policy_runs_count_steps(recipe: Recipe) -> Iterator[Problem]:
-    if on_policy(recipe) and recipe.run.steps is None:
-        yield Problem(
-            ("run", "steps"), f"{recipe.objective} has no epochs to derive it from; set the number of rollouts"
-        )
-
-
 # The models
 
 
@@ -93,7 +73,9 @@ def policy_runs_count_steps(recipe: Recipe) -> Iterator[Problem]:
 def policy_is_loaded_or_made(recipe: Recipe) -> Iterator[Problem]:
     path, scratch = recipe.policy.path, recipe.policy.scratch
     if (path is None) == (scratch is None):
-        what = "neither policy.path nor policy.scratch is" if path is None else "both policy.path and policy.scratch are"
+        what = (
+            "neither policy.path nor policy.scratch is" if path is None else "both policy.path and policy.scratch are"
+        )
         yield Problem(
             ("policy",), f"{what} set; give `path: <hub id or folder>` to load a model, or `scratch:` to make one"
         )
@@ -115,6 +97,16 @@ def heads_divide_width(recipe: Recipe) -> Iterator[Problem]:
             ("policy", "scratch", "hidden_size"),
             f"{scratch.hidden_size} does not split into {scratch.heads} heads of even width (rotary positions pair "
             f"up dimensions); use a multiple of {2 * scratch.heads}",
+        )
+
+
+@rule
+def reward_models_have_a_class(recipe: Recipe) -> Iterator[Problem]:
+    scratch = recipe.policy.scratch
+    if recipe.objective == "reward" and scratch is not None and scratch.family == "gemma4":
+        yield Problem(
+            ("policy", "scratch", "family"),
+            "gemma4 has no sequence-classification class in transformers, so it cannot be a reward model; use gemma3",
         )
 
 
@@ -141,9 +133,10 @@ def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
 def reinforce_has_something_to_maximise(recipe: Recipe) -> Iterator[Problem]:
     if recipe.objective != "reinforce":
         return
-    sources = (*recipe.reward.models, *recipe.reward.functions)
-    if not any(source.weight != 0 for source in sources):
-        what = "every source has weight 0 and is only logged" if sources else "there is no reward"
+    models, functions = recipe.reward.models, recipe.reward.functions
+    weights = [*(model.weight for model in models), *(function.weight for function in functions)]
+    if not any(weights):
+        what = "every source has weight 0 and is only logged" if weights else "there is no reward"
         yield Problem(
             ("reward",), f"{what}; reinforce needs reward.models or reward.functions with an entry of weight ≠ 0"
         )
@@ -246,8 +239,28 @@ def rows_are_not_packed(recipe: Recipe) -> Iterator[Problem]:
 def nothing_is_pushed(recipe: Recipe) -> Iterator[Problem]:
     if recipe.checkpoint.hub_id is not None:
         yield Problem(
-            ("checkpoint", "hub_id"), "pushing is not in this version; set null and upload `final/` when you are content"
+            ("checkpoint", "hub_id"),
+            "pushing is not in this version; set null and upload `final/` when you are content",
         )
+
+
+@rule
+def every_pair_of_a_prompt_counts(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.objective == "reward" and recipe.reward_model.pairs_per_prompt is not None:
+        yield Problem(("reward_model", "pairs_per_prompt"), "sampling pairs is not in this version; set null for all")
+    if recipe.objective == "reward" and recipe.reward_model.margin == "none":
+        yield Problem(("reward_model", "margin"), "leaving margins out is not in this version; set auto")
+
+
+@rule
+def evaluation_is_by_the_reward(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.eval.functions:
+        yield Problem(
+            ("eval", "functions"),
+            "not in this version; add it to reward.functions with weight 0: logged, not trained on",
+        )
+    if recipe.eval.keep_best is not None:
+        yield Problem(("eval", "keep_best"), "not in this version; set null (`final/` is the last step)")
 
 
 # The data
@@ -270,76 +283,3 @@ def prompts_are_cut_from_text_only(recipe: Recipe) -> Iterator[Problem]:
                 f"cuts prompts from plain text, and data.train.{index}.format is {shown(source.format)}, whose rows "
                 "have prompts of their own; remove one of the two",
             )
-
-
-# Remarks
-
-
-@remark
-def to_go_and_baselines(recipe: Recipe) -> Iterator[str]:
-    if recipe.objective != "reinforce" or recipe.kl.beta == 0:
-        return
-    if recipe.kl.estimator == "exact" and "credit" in recipe.kl.model_fields_set:
-        yield "kl.credit is not read with kl.estimator: exact, which credits every position by itself"
-    elif recipe.kl.credit == "to_go" and recipe.reinforce.baseline in _SEQUENCE_BASELINES:
-        yield (
-            f"under kl.credit: to_go, reinforce.baseline {recipe.reinforce.baseline} acts on scores; the KL part has "
-            "its own leave-one-out per position"
-        )
-
-
-@remark
-def one_model_is_no_ensemble(recipe: Recipe) -> Iterator[str]:
-    if reads(recipe, "reward") and recipe.reward.combine != "mean" and len(recipe.reward.models) == 1:
-        yield f"reward.combine: {recipe.reward.combine} of a single model is that model"
-
-
-@remark
-def nothing_holds_the_policy(recipe: Recipe) -> Iterator[str]:
-    if on_policy(recipe) and recipe.kl.beta == 0 and recipe.kl.loss_beta == 0:
-        yield "kl.beta is 0: nothing holds the policy near the reference; kl/reference is still measured"
-
-
-@remark
-def optimal_token_pays_late(recipe: Recipe) -> Iterator[str]:
-    if recipe.objective == "reinforce" and recipe.reinforce.baseline == "optimal_token":
-        if recipe.rollout.samples_per_prompt < 16:
-            yield "reinforce.baseline: optimal_token loses to leave_one_out below about 16 samples per prompt"
-
-
-@remark
-def unused_rows(recipe: Recipe) -> Iterator[str]:
-    if reads(recipe, "instruction") and recipe.data.instruction and recipe.instruction.coefficient == 0:
-        yield "data.instruction is not read while instruction.coefficient is 0"
-
-
-@remark
-def held_out_rows(recipe: Recipe) -> Iterator[str]:
-    if not recipe.data.eval:
-        yield "data.eval is empty: nothing is measured on held-out rows"
-    train = {(source.path, source.split) for source in recipe.data.train if source.max_rows is None}
-    for index, source in enumerate(recipe.data.eval):
-        if (source.path, source.split) in train:
-            yield f"data.eval.{index} is also a training source: its figures are not held out"
-
-
-@remark
-def never_within_the_run(recipe: Recipe) -> Iterator[str]:
-    steps = recipe.run.steps
-    for section in ("eval", "checkpoint"):
-        every = getattr(recipe, section).every_steps
-        if steps is not None and every is not None and every > steps:
-            yield f"{section}.every_steps is {every} and the run has {steps} steps: only the end counts"
-
-
-@remark
-def tempered_policy(recipe: Recipe) -> Iterator[str]:
-    if on_policy(recipe) and recipe.rollout.temperature != 1:
-        yield f"rollout.temperature {recipe.rollout.temperature}: KL and metrics are of the tempered policy"
-
-
-@remark
-def random_start(recipe: Recipe) -> Iterator[str]:
-    policy: Policy = recipe.policy
-    if on_policy(recipe) and policy.scratch is not None:
-        yield "policy.scratch: the policy and its reference start from random weights"

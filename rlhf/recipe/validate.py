@@ -6,10 +6,11 @@ built, and a rule that asks for a value that was taken out says nothing.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -18,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf.recipe import wording
 from rlhf.recipe.marks import KeyPath, Problem
-from rlhf.recipe.schema import Recipe, Section
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.sections import Section
 
 Rule = Callable[[Recipe], Iterable[Problem]]
 
@@ -98,13 +100,11 @@ def _real_path(location: Iterable[str | int], values: Any) -> KeyPath:
     path: list[str | int] = []
     here, last = values, None
     for key in location:
-        inside = isinstance(here, dict) and key in here or isinstance(here, list) and isinstance(key, int)
-        if inside:
-            path.append(key)
-            here = here[key]
-        else:
+        if not _holds(here, key):
             last = key
             break
+        path.append(key)
+        here = here[key]
     if last is not None and isinstance(here, dict):
         path.append(last)
     return tuple(path)
@@ -144,10 +144,10 @@ class _Partial:
 
 
 def _apply(rule: Rule, recipe: Any) -> list[Problem]:
-    try:
-        return list(rule(recipe))
-    except Unknown:
-        return []
+    found: list[Problem] = []
+    with contextlib.suppress(Unknown):
+        found.extend(rule(recipe))  # what came before the unknown value is kept
+    return found
 
 
 def _as_far_as_possible(values: dict[str, Any], errors: dict[KeyPath, list[dict[str, Any]]]) -> Any:
@@ -181,10 +181,14 @@ def _fill_required(values: dict[str, Any]) -> None:
         run.setdefault("name", "unnamed")
 
 
-def _remove(values: Any, path: KeyPath) -> None:
+def _remove(values: Any, path: Sequence[Any]) -> None:
     for key in path[:-1]:
-        if not (isinstance(values, dict) and key in values or isinstance(values, list) and isinstance(key, int)):
+        if not _holds(values, key):
             return
         values = values[key]
     if isinstance(values, dict):
         values.pop(path[-1], None)
+
+
+def _holds(value: Any, key: str | int) -> bool:
+    return (isinstance(value, dict) and key in value) or (isinstance(value, list) and isinstance(key, int))

@@ -1,0 +1,207 @@
+"""The command line. Everything heavy is imported inside a command, after the recipe has been checked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from rlhf.errors import ExitCode, UserError
+from rlhf.spawn import EXIT_CODE_FILE, spawn
+
+app = typer.Typer(
+    name="rlhf",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Post-training centred on REINFORCE: one YAML recipe, one word to swap the objective.\n\n"
+    "Start with `rlhf quickstart`. Then copy a recipe (`rlhf recipes`), change it, `rlhf check` it, `rlhf train` it.",
+    epilog="Exit codes: 0 done, 2 your input (no traceback), 70 diverged, 71 out of memory, 74 disk, "
+    "75 reward source gone, 143 preempted after a save, 1 a bug of ours.",
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A file, or a shipped name such as `quickstart/reinforce`.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Changes, spelled like the YAML: `kl.beta=0.1`, `data.train.0.path=mine.jsonl`, `tracking.to=[]`.",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="Start one rank per device by this accelerate configuration: `cpu_2ranks`, `zero3`, or a file.",
+        ),
+    ] = None,
+) -> None:
+    """Train a recipe, or go on with a run that was interrupted.
+
+    `rlhf train quickstart/reinforce run.name=no-kl kl.beta=0`
+
+    The recipe is checked first; a finished run of the same recipe says so and is left alone.
+    """
+    from rlhf.recipe import load_recipe
+
+    changes = overrides or []
+    ready = load_recipe(recipe, changes)
+    if accelerate is not None:
+        from rlhf.locate import accelerate_config_file
+
+        code = spawn(accelerate_config_file(accelerate), ["train", recipe, *changes], ready.output_dir)
+        raise typer.Exit(int(code))
+    from rlhf.programs import launch
+
+    _leave(launch.train(ready, ["rlhf", *sys.argv[1:]]))
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Check a recipe without loading a model: every error at once, by file and line.
+
+    Prints what the run would do, the sections that its objective does not read, and remarks.
+    """
+    from rlhf.objectives.presets import preset
+    from rlhf.recipe import ignored_sections, load_recipe, remarks
+
+    ready = load_recipe(recipe, overrides or [])
+    chosen = preset(ready.objective)
+    for name, value in _summary(ready):
+        typer.echo(f"{name:<11}{value}")
+    typer.echo(f"{'formula':<11}{chosen.formula}")
+    typer.echo(f"{'needs':<11}{'; '.join(chosen.needs)}")
+    ignored = ignored_sections(ready)
+    if ignored:
+        typer.echo(f"{'not read':<11}{', '.join(ignored)} (another objective's; they stay legal)")
+    for text in remarks(ready):
+        typer.echo(f"{'remark':<11}{text}")
+    if find_spec("rlhf.programs.check") is not None:
+        import_module("rlhf.programs.check").describe_data(ready)
+    typer.echo("The recipe is valid.")
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    shortened: Annotated[
+        bool, typer.Option("--shortened", help="A few steps of each stage: does it work here?")
+    ] = False,
+) -> None:
+    """See the whole thing on this machine: SFT, a reward model, then REINFORCE.
+
+    No download, no account, a few minutes on two cores. Runs lie in `runs/quickstart-*`.
+    """
+    from rlhf.programs import quickstart as program
+
+    _leave(program.main(shortened, overrides or []))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, such as `runs/my-run-reinforce`.")
+    ],
+) -> None:
+    """Write `report.html` of one run, or of several side by side: curves and samples in one file."""
+    from rlhf.programs import report as program
+
+    _leave(program.main(runs))
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from rlhf.locate import command_name, shipped_recipes
+
+    for name, file in shipped_recipes().items():
+        typer.echo(f"{name:<24}{_headline(file)}")
+        typer.echo(f"{'':<24}{command_name(file)}")
+
+
+@app.command()
+def env() -> None:
+    """Print what a bug report needs: versions, devices, launch environment."""
+    for package in ("rlhf", "torch", "transformers", "accelerate", "deepspeed", "datasets", "peft", "wandb", "vllm"):
+        typer.echo(f"{package:<14}{_version(package)}")
+    typer.echo(f"{'python':<14}{sys.version.split()[0]} on {sys.platform}, {os.cpu_count()} cores")
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    typer.echo(f"{'devices':<14}{', '.join(names) or 'cpu'}")
+    shown = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "WANDB_MODE")
+    for name in shown:
+        if name in os.environ:
+            typer.echo(f"{name:<17}{os.environ[name]}")
+
+
+def main() -> None:
+    """Entry point of ``rlhf``: a UserError ends the process with its message and its code, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        if _first_rank():  # every rank reads the same recipe; one of them says so
+            print(error, file=sys.stderr)
+        _tell_spawner(error.code)
+        sys.exit(int(error.code))
+
+
+def _leave(code: ExitCode) -> NoReturn:
+    _tell_spawner(code)
+    raise typer.Exit(int(code))
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _tell_spawner(code: ExitCode) -> None:
+    """accelerate turns every code into 1, so the first rank leaves its own where ``rlhf train --accelerate`` looks."""
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file and _first_rank():
+        Path(file).write_text(str(int(code)), encoding="utf-8")
+
+
+def _summary(recipe: object) -> list[tuple[str, object]]:
+    from rlhf.recipe import Recipe
+
+    assert isinstance(recipe, Recipe)
+    scratch = recipe.policy.scratch
+    policy = recipe.policy.path or (scratch and f"{scratch.family} from scratch, {scratch.layers} layers")
+    steps = f"{recipe.run.steps} steps" if recipe.run.steps else "steps by the data"
+    rows = ", ".join(source.path for source in recipe.data.train)
+    return [
+        ("objective", recipe.objective),
+        ("run", f"{recipe.output_dir} ({steps}, seed {recipe.run.seed})"),
+        ("policy", policy),
+        ("data", rows),
+    ]
+
+
+def _headline(file: Path) -> str:
+    """The first comment line that is for people."""
+    lines = (line[1:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    return next((line for line in lines if not line.startswith("yaml-language-server")), "")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,90 @@
+"""Remarks on a valid recipe: what its author may want to know before it runs. They stop nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rlhf.recipe.rules import on_policy, reads
+from rlhf.recipe.schema import Recipe
+
+_REMARKS: list[Callable[[Recipe], Iterator[str]]] = []
+_SEQUENCE_BASELINES = ("moving_average", "batch_mean", "greedy", "shrinkage", "optimal_token")
+
+
+def remark(function: Callable[[Recipe], Iterator[str]]) -> Callable[[Recipe], Iterator[str]]:
+    _REMARKS.append(function)
+    return function
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What a valid recipe's author may want to know before it runs."""
+    return [text for function in _REMARKS for text in function(recipe)]
+
+
+@remark
+def to_go_and_baselines(recipe: Recipe) -> Iterator[str]:
+    if recipe.objective != "reinforce" or recipe.kl.beta == 0:
+        return
+    if recipe.kl.estimator == "exact" and "credit" in recipe.kl.model_fields_set:
+        yield "kl.credit is not read with kl.estimator: exact, which credits every position by itself"
+    elif recipe.kl.credit == "to_go" and recipe.reinforce.baseline in _SEQUENCE_BASELINES:
+        yield (
+            f"under kl.credit: to_go, reinforce.baseline {recipe.reinforce.baseline} acts on scores; the KL part has "
+            "its own leave-one-out per position"
+        )
+
+
+@remark
+def one_model_is_no_ensemble(recipe: Recipe) -> Iterator[str]:
+    if reads(recipe, "reward") and recipe.reward.combine != "mean" and len(recipe.reward.models) == 1:
+        yield f"reward.combine: {recipe.reward.combine} of a single model is that model"
+
+
+@remark
+def nothing_holds_the_policy(recipe: Recipe) -> Iterator[str]:
+    if on_policy(recipe) and recipe.kl.beta == 0 and recipe.kl.loss_beta == 0:
+        yield "kl.beta is 0: nothing holds the policy near the reference; kl/reference is still measured"
+
+
+@remark
+def optimal_token_pays_late(recipe: Recipe) -> Iterator[str]:
+    late = recipe.objective == "reinforce" and recipe.reinforce.baseline == "optimal_token"
+    if late and recipe.rollout.samples_per_prompt < 16:
+        yield "reinforce.baseline: optimal_token loses to leave_one_out below about 16 samples per prompt"
+
+
+@remark
+def unused_rows(recipe: Recipe) -> Iterator[str]:
+    if reads(recipe, "instruction") and recipe.data.instruction and recipe.instruction.coefficient == 0:
+        yield "data.instruction is not read while instruction.coefficient is 0"
+
+
+@remark
+def held_out_rows(recipe: Recipe) -> Iterator[str]:
+    if not recipe.data.eval:
+        yield "data.eval is empty: nothing is measured on held-out rows"
+    train = {(source.path, source.split) for source in recipe.data.train if source.max_rows is None}
+    for index, source in enumerate(recipe.data.eval):
+        if (source.path, source.split) in train:
+            yield f"data.eval.{index} is also a training source: its figures are not held out"
+
+
+@remark
+def never_within_the_run(recipe: Recipe) -> Iterator[str]:
+    steps = recipe.run.steps
+    for section in ("eval", "checkpoint"):
+        every = getattr(recipe, section).every_steps
+        if steps is not None and every is not None and every > steps:
+            yield f"{section}.every_steps is {every} and the run has {steps} steps: only the end counts"
+
+
+@remark
+def tempered_policy(recipe: Recipe) -> Iterator[str]:
+    if on_policy(recipe) and recipe.rollout.temperature != 1:
+        yield f"rollout.temperature {recipe.rollout.temperature}: KL and metrics are of the tempered policy"
+
+
+@remark
+def random_start(recipe: Recipe) -> Iterator[str]:
+    if on_policy(recipe) and recipe.policy.scratch is not None:
+        yield "policy.scratch: the policy and its reference start from random weights"
