@@ -129,6 +129,8 @@ def load_reward_model(
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{where}: no reward model could be loaded ({reason})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up for a folder without one
+        raise UserError(f"{where}: holds no tokenizer, and a reward model reads text with its own; save it beside it")
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(

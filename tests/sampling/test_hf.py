@@ -52,7 +52,8 @@ def forward_logprobs(model: Any, prompt: list[int], completion: list[int], tempe
     """log π_T of each completion token by one forward over the unpadded row."""
     ids = torch.tensor([prompt + completion])
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
-    return (logits.double() / temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+    chosen: Tensor = (logits.double() / temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])
+    return chosen[:, 0]
 
 
 def test_rollout_is_ordered_and_complete() -> None:
