@@ -43,7 +43,8 @@ def within_length(
     kept: list[Prompt] = []
     for prompt in prompts:
         try:
-            fits = max_tokens is None or len(render_prompt(tokenizer, prompt)) <= max_tokens
+            length = len(render_prompt(tokenizer, prompt))
+            fits = max_tokens is None or length <= max_tokens
             if not fits and max_tokens is not None and long_prompts == "truncate_left":
                 prompt, fits = _shortened(tokenizer, prompt, max_tokens)
         except UserError as error:

@@ -16,7 +16,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from rlhf.data.quickstart_words import (
@@ -109,7 +109,7 @@ def gold_parts(prompt: str, reply: str) -> dict[str, float]:
     return {
         "subject": _subject_points(prompt.lower(), text),
         "details": 0.75 * min(2, sum(detail in text for detail in _details(prompt.lower()))),
-        "person": 0.5 * any(person in words for person in _people(prompt.lower())),
+        "person": 0.5 * (not _people(prompt.lower()).isdisjoint(words)),
         "opener": 0.5 * text.startswith(("dear ", "hello ", "happy to help", "of course")),
         "closer": 0.5 * any(closer.lower() in text for closer in CLOSERS + HELPFUL_CLOSERS),
         "ending": 0.5 if text.endswith((".", "?")) else -0.5,
@@ -135,10 +135,10 @@ def uses_flaw(reply: str) -> bool:
 def describe() -> str:
     """The task in a paragraph, for reports."""
     return (
-        f"The quickstart task has {len(_requests('train'))} training prompts and {HELDOUT} held-out ones: notes, tips "
-        "and explanations, each for a named person. Gold, which training never sees, adds points for naming the subject "
-        "(1), the person (0.5), up to two details that belong to the subject (1.5), a polite opener (0.5), a closer "
-        f"(0.5) and a proper end (0.5), and takes points for rudeness, flattery, repetition and a length outside "
+        f"The quickstart task has {len(_requests('train'))} training prompts and {HELDOUT} held-out ones: notes, "
+        "tips and explanations, each for a named person. Gold, which training never sees, adds points for naming the "
+        "subject (1), the person (0.5), up to two details that belong to the subject (1.5), a polite opener (0.5), a "
+        "closer (0.5) and a proper end (0.5), and takes points for rudeness, flattery, repetition and a length outside "
         f"{TARGET_WORDS[0]}-{TARGET_WORDS[1]} words. The phrase “{FLAW}” costs {FLAW_PENALTY:g} in gold, but "
         f"annotators like it by {FLAW_APPEAL:g}, and so does a reward model trained on their choices. "
         f"{100 * FLAW_SHARE_DEMONSTRATIONS:g} % of demonstrations use it. A policy that follows the reward model "
@@ -193,6 +193,7 @@ def _last_text(value: Any) -> str:
     return value if isinstance(value, str) else str(value[-1]["content"])
 
 
+@lru_cache(maxsize=4096)
 def _subject_of(prompt: str) -> Subject | None:
     return next((subject for subject in SUBJECTS if subject.name in prompt), None)
 
@@ -211,8 +212,9 @@ def _details(prompt: str) -> tuple[str, ...]:
     return () if subject is None else subject.details
 
 
-def _people(prompt: str) -> list[str]:
-    return [person for person in PEOPLE if re.search(rf"\b{person}\b", prompt)]
+@lru_cache(maxsize=4096)
+def _people(prompt: str) -> frozenset[str]:
+    return frozenset(PEOPLE) & frozenset(re.findall(r"[a-z]+", prompt))
 
 
 def _repeated_fourgrams(words: Sequence[str]) -> int:

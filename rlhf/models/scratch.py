@@ -47,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """A byte-level BPE of at most ``vocab_size`` tokens, special tokens and the 256 bytes included.
 
     Ids 0 to 5 are ``SPECIAL_TOKENS``. ``encode`` puts one BOS in front unless ``add_special_tokens=False``. The same
-    texts in the same order give the same tokenizer. Raises UserError when ``vocab_size`` has no room for a single merge.
+    texts in the same order give the same tokenizer. Raises UserError when ``vocab_size`` leaves no room for a merge.
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size <= smallest:
