@@ -228,7 +228,7 @@ class _Builder:
         return result
 
     def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
-        if node.style is not None:
+        if isinstance(node, yaml.ScalarNode) and node.style is not None:
             return node.value
         reading = two_readings(node.value)
         if reading is not None:

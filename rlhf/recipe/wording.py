@@ -88,11 +88,11 @@ def unknown_key(key: str, siblings: Iterable[str], elsewhere: Mapping[str, tuple
 
     ``elsewhere``: key → dotted sections that have it ("" is the top).
     """
+    if key in REFUSED:
+        return f"there is no {key}: {REFUSED[key]}"
     close = near(key, siblings)
     if close:
         return f"unknown key {shown(key)}; did you mean {close}?"
-    if key in REFUSED:
-        return f"there is no {key}: {REFUSED[key]}"
     if key in elsewhere:
         places = " or ".join(f"{place}:" if place else "the top" for place in elsewhere[key])
         return f"unknown key {shown(key)} here; it belongs under {places}"

@@ -1,0 +1,253 @@
+"""Broken recipes, each with the key its message is filed under and words that the message must hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# A valid recipe, one section a line, so that one line can be swapped for a broken one.
+SECTIONS = {
+    "objective": "objective: reinforce",
+    "run": "run: {name: x, steps: 3}",
+    "policy": "policy: {path: model}",
+    "reward": 'reward: {functions: [{call: "json:loads"}]}',
+    "data": "data: {train: [{path: rows.jsonl}]}",
+}
+# fmt: off
+OTHER_SECTIONS = (
+    "reference", "value", "rollout", "kl", "instruction", "reinforce", "ppo", "dpo", "sft", "reward_model", "optim",
+    "batch", "eval", "checkpoint", "tracking",
+)
+# fmt: on
+
+
+def recipe(**changed: str | None) -> str:
+    """The valid recipe with lines replaced, added, or left out (None)."""
+    lines = {**SECTIONS, **changed}
+    return "\n".join(line for line in lines.values() if line is not None) + "\n"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """``says``: words of the message. ``line``: where the first message points, 0 = nowhere in particular."""
+
+    text: str | bytes
+    says: tuple[str, ...]
+    line: int = 0
+
+
+TOKEN = "hf_" + "aB3" * 10
+BOMB = "a: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 8)
+)
+
+
+def b(text: str | bytes, *says: str, line: int = 0) -> Broken:
+    return Broken(text, says, line)
+
+
+def lr(value: str) -> str:
+    return recipe(optim=f"optim: {{lr: {value}}}")
+
+
+def k(value: str) -> str:
+    return recipe(rollout=f"rollout: {{samples_per_prompt: {value}}}")
+
+
+def run(inner: str) -> str:
+    return recipe(run=f"run: {{name: x, steps: 3, {inner}}}")
+
+
+TYPES: dict[str, Broken] = {
+    "text for a number": b(lr("fast"), "optim.lr: must be a number, not 'fast'", line=6),
+    "quoted number": b(lr("'1e-5'"), "optim.lr: must be a number", "take the quotes away", line=6),
+    "octal": b(k("010"), "rollout.samples_per_prompt: '010' is octal to some", line=6),
+    "octal of YAML 1.2": b(k("0o17"), "samples_per_prompt: '0o17' is octal", line=6),
+    "base 60": b(k("1:30"), "samples_per_prompt: '1:30' is a base-60 number", line=6),
+    "underscore": b(k("1_000"), "samples_per_prompt: '1_000' is a number to some", line=6),
+    "no as a name": b(recipe(run="run: {name: no}"), "run.name: 'no' is a truth value", "in quotes", line=2),
+    "on as a word": b(recipe(data="data: {train: [{path: rows.jsonl}], system_role: on}"), "data.system_role: 'on'"),
+    "date as a name": b(recipe(run="run: {name: 2026-01-02}"), "run.name: '2026-01-02' is a date", line=2),
+    "yes for true": b(recipe(sft="sft: {packing: yes}"), "sft.packing: 'yes' is a truth value", "true or false"),
+    "infinity": b(lr(".inf"), "optim.lr: must be a finite number", line=6),
+    "not a number": b(lr(".nan"), "optim.lr: must be a finite number, not nan", line=6),
+    "null for required": b(recipe(run="run: {name: null}"), "run.name: must be text, not null", line=2),
+    "list for a scalar": b(k("[1, 2]"), "samples_per_prompt: must be a whole number, not a list of 2", line=6),
+    "scalar for a list": b(recipe(tracking="tracking: {to: wandb}"), "tracking.to: must be a list", line=6),
+    "section for a list": b(recipe(data="data: {train: {path: rows.jsonl}}"), "data.train: must be a list", line=5),
+    "list for a section": b(recipe(kl="kl: [0.1]"), "kl: must be a section of `key: value` lines, not a list", line=6),
+    "scalar for a section": b(recipe(kl="kl: 0.1"), "kl: must be a section", line=6),
+    "empty section": b(recipe(kl="kl:"), "kl: must be a section", "null", line=6),
+    "float for a count": b(k("4.0"), "samples_per_prompt: must be a whole number, not 4.0", line=6),
+    "true for a number": b(k("true"), "samples_per_prompt: must be a whole number, not true", line=6),
+    "zero": b(k("0"), "samples_per_prompt: should be greater than or equal to 1, not 0", line=6),
+    "negative batch": b(recipe(batch="batch: {prompts_per_step: -8}"), "batch.prompts_per_step: should be greater"),
+    "lr 0": b(lr("0"), "optim.lr: should be greater than 0, not 0", line=6),
+    "KL below 0": b(recipe(kl="kl: {beta: -0.1}"), "kl.beta: should be greater than or equal to 0", line=6),
+    "clip of 1": b(recipe(ppo="ppo: {clip: 1.0}"), "ppo.clip: should be less than 1", line=6),
+    "keep 0": b(recipe(checkpoint="checkpoint: {keep: 0}"), "checkpoint.keep: should be greater", line=6),
+    "float steps": b(recipe(run="run: {name: x, steps: 1e3}"), "run.steps: must be a whole number, not 1000.0", line=2),
+    "huge integer": b(run("seed: " + "9" * 400), "run.seed:", "a huge number", line=2),
+    "number as a name": b(recipe(run="run: {name: 7}"), "run.name: must be text, not 7; put it in quotes", line=2),
+    "wrong choice": b(recipe(kl="kl: {estimator: exakt}"), "kl.estimator: must be k1 | exact", "did you mean exact?"),
+    "tag": b(recipe(kl="kl: {beta: !!float 1}"), "kl.beta: the tag !!float is not used", line=6),
+    "python tag": b(recipe(kl="kl: !!python/object/apply:os.abort []"), "kl: the tag !!python/object/apply", line=6),
+}
+
+STRUCTURE: dict[str, Broken] = {
+    "empty": b("", "is empty", line=1),
+    "only comments": b("# nothing\n", "is empty", line=1),
+    "list at the top": b("- objective: sft\n", "is a list at the top", line=1),
+    "word at the top": b("reinforce\n", "is a single value at the top", line=1),
+    "duplicate key": b(recipe() + "kl: {beta: 0.1}\nkl: {beta: 0.2}\n", "kl: duplicate key", "line 6", line=7),
+    "duplicate inner key": b(recipe(kl="kl: {beta: 1, beta: 2}"), "kl.beta: duplicate key", line=6),
+    "unknown key": b(recipe(kl="kl: {betta: 0.1}"), "kl.betta: unknown key 'betta'; did you mean beta?", line=6),
+    "unknown section": b(recipe(kl="kll: {beta: 0.1}"), "kll: unknown key 'kll'; did you mean kl?", line=6),
+    "key of another section": b(recipe(run="run: {name: x, beta: 1}"), "run.beta: unknown key", "belongs under kl:"),
+    "key at the top": b(recipe(x="samples_per_prompt: 4"), "it belongs under rollout:", line=6),
+    "somebody else's key": b(recipe(x="learning_rate: 1e-5"), "here it is called optim.lr", line=6),
+    "key of a list entry": b(
+        recipe(data="data: {train: [{path: rows.jsonl, splt: a}]}"), "data.train.0.splt", "split?"
+    ),
+    "truncated sampling": b(
+        recipe(x="rollout: {top_p: 0.9}"), "rollout.top_p: there is no top_p", "whole distribution"
+    ),
+    "tab": b("objective: sft\nrun:\n\tname: x\n", "tab", "spaces", line=3),
+    "unclosed brace": b("objective: sft\nrun: {name: x\n", "not YAML", line=3),
+    "unclosed quote": b("objective: sft\nrun: {name: 'x}\n", "not YAML", line=3),
+    "missing space": b("objective:sft\nrun: {name: x}\n", "not YAML", line=2),
+    "two documents": b(recipe() + "---\n" + recipe(), "a second document", line=6),
+    "unknown alias": b(recipe(kl="kl: *none"), "undefined alias", line=6),
+    "alias cycle": b("run: &a\n  name: *a\n", "an alias contains itself", line=1),
+    "alias bomb": b(BOMB, "aliases expand to more than 10,000 values"),
+    "merge key": b(recipe(kl="kl: {<<: {beta: 1}}"), "merge keys", line=6),
+    "deep nesting": b("a: " + "[" * 1000, "levels deep", line=1),
+    "too many values": b("a: [" + "1," * 20_000 + "]", "more than 10,000 values"),
+    "long key": b(recipe(x="x" * 5000 + ": 1"), "key", line=6),
+    "over 1 MB": b("a: " + "x" * 1_100_000, "larger than 1,000,000 bytes"),
+    "not UTF-8": b(b"objective: sft\nrun: {name: \xff}\n", "is not UTF-8", line=2),
+    "UTF-16": b("objective: sft\n".encode("utf-16"), "is not UTF-8", line=1),
+    "NUL": b("objective: s\0ft\n", "not allowed in YAML", line=1),
+    "binary": b(bytes(range(32, 256)), "is not UTF-8", line=1),
+    "key that is a list": b(recipe(x="[a]: 1"), "a key must be a plain word", line=6),
+}
+
+MEANING: dict[str, Broken] = {
+    "no objective": b(recipe(objective=None), "objective: is required", line=1),
+    "no run": b(recipe(run=None), "run: is required"),
+    "no name": b(recipe(run="run: {steps: 3}"), "run.name: is required", line=2),
+    "misspelt objective": b(recipe(objective="objective: reinforse"), "did you mean reinforce?", line=1),
+    "objective of a later version": b(recipe(objective="objective: ppo"), "ppo is not in this version", line=1),
+    "objective that is not there": b(recipe(objective='objective: "nowhere:Thing"'), "no module nowhere", line=1),
+    "group of one": b(k("1"), "leave_one_out is made of the prompt's other completions", line=6),
+    "shrinkage of one": b(k("1") + "reinforce: {baseline: shrinkage}\n", "baseline shrinkage is made of", line=6),
+    "no reward": b(recipe(reward=None), "reward: there is no reward; reinforce needs"),
+    "reward of weight 0": b(
+        recipe(reward='reward: {functions: [{call: "json:loads", weight: 0}]}'), "every source has weight 0", line=4
+    ),
+    "weights that cancel": b(
+        recipe(reward="reward: {models: [{path: model}, {path: model, weight: -1}]}"), "add up to 0", line=4
+    ),
+    "value baseline": b(recipe(reinforce="reinforce: {baseline: value}"), "needs a value model", line=6),
+    "mean of one": b(
+        k("1") + "batch: {prompts_per_step: 1}\nreinforce: {baseline: batch_mean}\n", "every advantage is 0", line=8
+    ),
+    "off-policy updates": b(recipe(reinforce="reinforce: {updates_per_rollout: 2}"), "importance weights", line=6),
+    "adaptive KL": b(recipe(kl="kl: {target: 6.0}"), "kl.target: adapting beta", line=6),
+    "instruction without rows": b(
+        recipe(instruction="instruction: {coefficient: 0.1}"), "add data.instruction", line=6
+    ),
+    "prompts cut from chats": b(
+        recipe(data="data: {train: [{path: rows.jsonl, format: messages}], prompt_tokens: 4}"), "plain text", line=5
+    ),
+    "path and scratch": b(recipe(policy="policy: {path: model, scratch: {}}"), "both policy.path and policy.scratch"),
+    "neither path nor scratch": b(recipe(policy=None), "neither policy.path nor policy.scratch"),
+    "tokenizer beside a model": b(recipe(policy="policy: {path: model, tokenizer: model}"), "only for policy.scratch"),
+    "odd heads": b(recipe(policy="policy: {scratch: {hidden_size: 100, heads: 8}}"), "multiple of 16", line=3),
+    "adapters on nothing": b(recipe(policy="policy: {scratch: {}, lora: {}}"), "random frozen weights", line=3),
+    "reward path and url": b(
+        recipe(reward="reward: {models: [{path: model, url: 'http://h:1'}]}"), "both path and url", line=4
+    ),
+    "reward neither path nor url": b(recipe(reward="reward: {models: [{weight: 1}]}"), "neither path nor url", line=4),
+    "reward server": b(recipe(reward="reward: {models: [{url: 'http://h:1'}]}"), "servers are not in this version"),
+    "sharded reward model": b(
+        recipe(reward="reward: {models: [{path: model, placement: zero3}]}"), "zero3 is not in this version", line=4
+    ),
+    "moving reference": b(recipe(reference="reference: {ema: 0.99}"), "reference.ema: a moving reference", line=6),
+    "packing": b(recipe(objective="objective: sft", sft="sft: {packing: true}"), "sft.packing: not in this version"),
+    "other engine": b(recipe(rollout="rollout: {engine: vllm}"), "rollout.engine: vllm is not in this", line=6),
+    "pushing": b(recipe(checkpoint="checkpoint: {hub_id: a/b}"), "pushing is not in this version", line=6),
+    "no rows": b(recipe(data="data: {train: []}"), "no rows to train on", line=5),
+    "missing file": b(recipe(data="data: {train: [{path: rovs.jsonl}]}"), "did you mean rows.jsonl?", line=5),
+    "missing folder": b(recipe(data="data: {train: [{path: /no/such/a.jsonl}]}"), "nor does the folder", line=5),
+    "file of another kind": b(recipe(data="data: {train: [{path: ./model/config.yaml}]}"), "does not exist", line=5),
+    "path that is nothing": b(recipe(data='data: {train: [{path: "a b?"}]}'), "is no file, hub id", line=5),
+    "function that is not there": b(recipe(data='data: {train: [{path: "nowhere:rows"}]}'), "no module nowhere"),
+    "not a model folder": b(recipe(policy="policy: {path: ./}"), "holds no config.json", line=3),
+    "missing template": b(recipe(policy="policy: {path: model, chat_template: my.jinja}"), "no file 'my.jinja'"),
+    "output of another recipe": b(
+        recipe(policy="policy: {path: runs/quickstart-sft/final}"), "does not exist yet; `rlhf train", "quickstart/sft"
+    ),
+    "context too short": b(recipe(policy="policy: {path: small}"), "longer than the 32 positions", line=1),
+    "slash in the name": b(recipe(run="run: {name: a/b}"), "run.name: 'a/b' does not fit", line=2),
+    "way out in the name": b(recipe(run="run: {name: ..}"), "means a folder, not a name", line=2),
+    "long name": b(recipe(run=f"run: {{name: {'x' * 65}}}"), "run.name:", "at most 64", line=2),
+    "empty output": b(run("output_dir: ''"), "run.output_dir: is empty", line=2),
+    "output is here": b(run("output_dir: ."), "holds the working or home directory", line=2),
+    "output is above": b(run("output_dir: .."), "holds the working or home directory", line=2),
+    "output is the root": b(run("output_dir: /"), "holds the working or home directory", line=2),
+    "output is a repository": b(run("output_dir: repo"), "root of a repository", line=2),
+    "output is a file": b(run("output_dir: rows.jsonl"), "is, or lies under, a file", line=2),
+    "output inside the input": b(run("output_dir: model/out"), "lies in policy.path", line=2),
+    "output around the input": b(
+        recipe(run="run: {name: x, output_dir: other}", policy="policy: {path: other/final}"), "holds policy.path"
+    ),
+    "unknown placeholder": b(run("output_dir: 'runs/{seed}'"), "'{seed}' is no placeholder", line=2),
+    "variable": b(recipe(policy="policy: {path: $HOME/model}"), "variables are not expanded", line=3),
+    "variable in braces": b(run('output_dir: "${OUT}/x"'), "run.output_dir", line=2),
+    "token": b(recipe(policy=f"policy: {{path: model, token: {TOKEN}}}"), "looks like an access token", line=3),
+    "token in a name": b(recipe(run=f"run: {{name: {TOKEN}}}"), "run.name: looks like an access token", line=2),
+    "OpenAI key": b(recipe(reward=f"reward: {{key: sk-{'a1' * 12}}}"), "looks like an access token", line=4),
+    "wandb key": b(recipe(tracking=f"tracking: {{api_key: {'0a' * 20}}}"), "looks like an access token", line=6),
+    "password in a url": b(
+        recipe(reward="reward: {models: [{url: 'http://me:secret@h:1'}]}"), "looks like an access token", line=4
+    ),
+}
+
+CORPUS: dict[str, Broken] = {**TYPES, **STRUCTURE, **MEANING}
+
+VALID: dict[str, str] = {
+    "the plain one": recipe(),
+    "1e-6 is a number": lr("1e-6"),
+    "an integer is a number": lr("1"),
+    "a leading point": lr(".5"),
+    "hexadecimal": run("seed: 0xff"),
+    "quoted no": recipe(run="run: {name: 'no'}"),
+    "quoted date": recipe(run='run: {name: "2026-01-02"}'),
+    "byte order mark": "\ufeff" + recipe(),
+    "carriage returns": recipe().replace("\n", "\r\n"),
+    "one document with a start": "---\n" + recipe(),
+    "comments and non-ASCII": "# Überschrift\n" + recipe(),
+    "an alias": recipe(data="data: {train: &rows [{path: rows.jsonl}], eval: *rows}"),
+    "every section": recipe(**{name: f"{name}: {{}}" for name in OTHER_SECTIONS}),
+    "sections of other objectives": recipe(
+        objective="objective: sft",
+        rollout="rollout: {engine: vllm, samples_per_prompt: 1}",
+        reference="reference: {ema: 0.9}",
+        kl="kl: {target: 6.0}",
+    ),
+    "no baseline, one sample": k("1") + "reinforce: {baseline: none}\n",
+    "moving average, one sample": k("1") + "reinforce: {baseline: moving_average}\n",
+    "hub ids": recipe(policy="policy: {path: google/gemma-7b-it}", data="data: {train: [{path: Anthropic/hh-rlhf}]}"),
+    "code for rows": recipe(data='data: {train: [{path: "rlhf.data.quickstart:preferences"}]}'),
+    "an outside objective": recipe(objective='objective: "json.decoder:JSONDecoder"', reward=None),
+    "from scratch": recipe(policy="policy: {scratch: {family: gemma3, hidden_size: 64, heads: 2}, tokenizer: model}"),
+    "adapters": recipe(policy="policy: {path: model, lora: {r: 8, targets: [q_proj]}}"),
+    "exact KL": recipe(kl="kl: {estimator: exact, loss_beta: 0.1, loss_estimator: exact_local}"),
+    "instruction rows": recipe(
+        data="data: {train: [{path: rows.jsonl}], instruction: [{path: rows.jsonl}]}",
+        instruction="instruction: {coefficient: 0.1}",
+    ),
+    "an ensemble": recipe(reward="reward: {combine: min, models: [{path: model}, {path: model, weight: 2}]}"),
+    "an absolute output": run("output_dir: '/tmp/rlhf-corpus/{name}'"),
+    "40 hexadecimal digits that are no key": recipe(run=f"run: {{name: {'ab' * 20}}}"),
+}
