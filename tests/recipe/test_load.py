@@ -160,4 +160,4 @@ def test_recipes_made_in_python_obey_the_same_rules() -> None:
     assert str(caught.value) == "recipe: data.train: no rows to train on; add `- {path: …}`"
     assert override(made, ["policy.path=model", "data.train.0.path=rows.jsonl"]).kl.beta == 0.1
     with pytest.raises(ValueError, match="frozen"):
-        made.run.seed = 3  # type: ignore[misc]
+        made.run.seed = 3
