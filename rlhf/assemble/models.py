@@ -89,7 +89,9 @@ def frozen_reference(recipe: Recipe, policy: nn.Module, runtime: Runtime) -> Fro
     return FrozenReference(ScoredModel(model, compute_dtype=compute_dtype(recipe)).to(runtime.device))
 
 
-def updater(recipe: Recipe, runtime: Runtime, model: nn.Module, optimizer: Any, forward: Forward, steps: int) -> Updater:
+def updater(
+    recipe: Recipe, runtime: Runtime, model: nn.Module, optimizer: Any, forward: Forward, steps: int
+) -> Updater:
     """``steps``: the learning rate's horizon, in optimizer steps."""
     optim = recipe.optim
     schedule = learning_rate_schedule(optim.lr, optim.schedule, total_steps=steps, warmup_ratio=optim.warmup_ratio)

@@ -49,7 +49,9 @@ def objective(recipe: Recipe) -> PolicyObjective:
     try:
         outside = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"objective={recipe.objective}: cannot be imported ({error}); set it to module:Class") from error
+        raise UserError(
+            f"objective={recipe.objective}: cannot be imported ({error}); set it to module:Class"
+        ) from error
     return cast(PolicyObjective, outside(recipe))
 
 

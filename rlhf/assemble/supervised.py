@@ -123,5 +123,3 @@ def _center(recipe: Recipe, session: Session, tokenizer: Any, pairs: Sequence[Pr
     classifier: Any = distributed.unwrap(model).classifier
     classifier.config.reward_center = mean
     session.log(session.last_step, {"reward_model/center": mean})
-
-

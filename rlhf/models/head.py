@@ -88,7 +88,9 @@ class ChunkedHead(nn.Module):
     ) -> PositionStats:
         states = reference.hidden[start : start + len(targets)] if reference is not None else None
         ref_head = reference.head if reference is not None else None
-        if several and torch.is_grad_enabled():  # keep [chunk, H], not [chunk, V]: logits are computed again in backward
+        if (
+            several and torch.is_grad_enabled()
+        ):  # keep [chunk, H], not [chunk, V]: logits are computed again in backward
             return checkpoint(self._stats, hidden, targets, request, states, ref_head, use_reentrant=False)  # type: ignore[no-any-return]
         return self._stats(hidden, targets, request, states, ref_head)
 

@@ -50,9 +50,7 @@ class ScoredModel(nn.Module):
         """[n, H]: final hidden states at the flat positions ``source``."""
         inner = self._inner()
         decoder = getattr(inner, inner.base_model_prefix)
-        output = decoder(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        )
+        output = decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden.flatten(0, 1)[source]
 

@@ -90,9 +90,7 @@ def terms(run: PolicyRun, rollout: Rollout, step: int) -> list[Term]:
     return [Term(objective=run.objective, batch=rollout), *mixed]
 
 
-def fill_needs(
-    run: PolicyRun, rollout: Rollout, prompts: Sequence[Prompt], slots: Sequence[int], step: int
-) -> Rollout:
+def fill_needs(run: PolicyRun, rollout: Rollout, prompts: Sequence[Prompt], slots: Sequence[int], step: int) -> Rollout:
     """The quantities the objective asks for, each by one pass."""
     needs, temperature = run.objective.needs, run.objective.request.temperature
     if "reference" in needs:
@@ -137,4 +135,8 @@ def totals(rollout: Rollout, session: Session) -> tuple[int, int]:
 
 def step_metrics(run: PolicyRun, rollout: Rollout, report: UpdateReport) -> dict[str, float]:
     metrics = measure.rollout_metrics(rollout, report.stats, run.beta, run.session.runtime)
-    return {**metrics, **measure.update_metrics(report, run.updater.max_grad_norm), **run.rewards.metrics(rollout, run.session.runtime)}
+    return {
+        **metrics,
+        **measure.update_metrics(report, run.updater.max_grad_norm),
+        **run.rewards.metrics(rollout, run.session.runtime),
+    }

@@ -31,9 +31,7 @@ class ShuffledPrompts:
         return [self.prompts[rows[slot]] for slot in slots], list(slots)
 
 
-def demonstration_ids(
-    example: Demonstration, tokenizer: Any, *, completion_only: bool
-) -> tuple[list[int], list[int]]:
+def demonstration_ids(example: Demonstration, tokenizer: Any, *, completion_only: bool) -> tuple[list[int], list[int]]:
     """(conditioning ids, ids that are trained on). With ``completion_only`` false only the first id is given."""
     prompt = render_prompt(tokenizer, example.prompt)
     completion = render_completion(tokenizer, example.prompt, example.completion)

@@ -101,8 +101,8 @@ class Runtime:
     def decoding(self, engine: nn.Module) -> Iterator[None]:
         """Full weights and no collectives inside the block: ranks decode to different lengths.
 
-        Under ZeRO-3 the engine's hooks would gather and release weights at every module call, which hangs as soon as one
-        rank makes a call that another does not.
+        Under ZeRO-3 the engine's hooks gather and release weights at every module call, which hangs as soon as one rank
+        makes a call that another does not.
         """
         if not self.sharded:
             yield
@@ -149,7 +149,9 @@ def _accelerator(wants_deepspeed: bool, on_cpu: bool, compute_dtype: torch.dtype
     from accelerate.utils import InitProcessGroupKwargs
 
     timeout = timedelta(seconds=timeout_seconds)
-    group = InitProcessGroupKwargs(backend="gloo", timeout=timeout) if on_cpu else InitProcessGroupKwargs(timeout=timeout)
+    group = (
+        InitProcessGroupKwargs(backend="gloo", timeout=timeout) if on_cpu else InitProcessGroupKwargs(timeout=timeout)
+    )
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # Under DeepSpeed the engine owns the low-precision copy; elsewhere ScoredModel's own autocast does.
     mixed = "bf16" if wants_deepspeed and compute_dtype == torch.bfloat16 else "no"
@@ -185,7 +187,9 @@ def _check(runtime: Runtime, wants_deepspeed: bool) -> None:
             "use one of accelerate_configs/*.yaml (`MULTI_CPU` configs start a single process)"
         )
     if wants_deepspeed and not runtime.deepspeed:
-        raise UserError("the launch asks for DeepSpeed but accelerate dropped it: use accelerate_configs/cpu_zero2.yaml")
+        raise UserError(
+            "the launch asks for DeepSpeed but accelerate dropped it: use accelerate_configs/cpu_zero2.yaml"
+        )
     if runtime.world_size > 1:
         total = runtime.sum(torch.tensor(float(runtime.rank + 1), device=runtime.device)).item()
         expected = runtime.world_size * (runtime.world_size + 1) / 2
@@ -228,7 +232,6 @@ def _quiet_stdout() -> Iterator[None]:
     """DeepSpeed and accelerate print set-up notes to stdout, which belongs to the run's own lines."""
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
         yield
-
 
 
 def leave(runtime: Runtime) -> None:

@@ -82,14 +82,12 @@ class Collected:
         if microbatch.filler:
             return
         for name, value in stats._asdict().items():
-            if value is not None:
+            if value is not None and value.numel():  # a reward model has no token statistics
                 self._place(name, microbatch.rows.to(value.device), value.detach())
 
     def _place(self, name: str, rows: Tensor, value: Tensor) -> None:
         per_row = value.dim() == 1
-        target = self.columns.setdefault(
-            name, value.new_zeros((self.rows,) if per_row else (self.rows, self.width))
-        )
+        target = self.columns.setdefault(name, value.new_zeros((self.rows,) if per_row else (self.rows, self.width)))
         if per_row:
             target[rows] = value
         else:

@@ -51,10 +51,15 @@ def test_one_update_is_the_closed_form_of_leave_one_out_reinforce() -> None:
     sums = []
     for row in range(len(rollout)):  # one unpadded row at a time, through the plain causal LM
         ids = torch.cat(
-            [rollout.prompt_ids[row][rollout.prompt_mask[row]], rollout.completion_ids[row][rollout.completion_mask[row]]]
+            [
+                rollout.prompt_ids[row][rollout.prompt_mask[row]],
+                rollout.completion_ids[row][rollout.completion_mask[row]],
+            ]
         )
         at = int(rollout.prompt_mask[row].sum())
-        both = [lm(ids[None]).logits[0, at - 1 : -1].log_softmax(-1) for lm in (model.causal_lm, reference.model.causal_lm)]
+        both = [
+            lm(ids[None]).logits[0, at - 1 : -1].log_softmax(-1) for lm in (model.causal_lm, reference.model.causal_lm)
+        ]
         sums.append([full.gather(-1, ids[at:, None]).sum() for full in both])
     logp, ref = (torch.stack(column) for column in zip(*sums, strict=True))
     assert rollout.rewards is not None
