@@ -101,7 +101,7 @@ class Workspace:
         else:
             noise = self.negative_exponentials(multipliers)
             torch.div(probabilities, noise, out=noise)
-            tokens = _argmin(race).clamp_(max=self.vocab - 1)  # a row of NaN must not leave the vocabulary
+            tokens = _argmin(race)
         return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1)
 
     def negative_exponentials(self, multipliers: Tensor) -> Tensor:
@@ -123,7 +123,10 @@ class Workspace:
 
 
 def _argmin(race: Tensor) -> Tensor:
-    """[b] index of the smallest value; a vectorised minimum per chunk first, because ``argmin`` is not vectorised."""
+    """[b] index of the smallest value (of the first NaN where there is one, so never one of the padding).
+
+    A vectorised minimum per chunk goes first, because ``argmin`` is not vectorised.
+    """
     chunks = race.view(race.shape[0], -1, _CHUNK)
     best = chunks.amin(-1).argmin(-1)
     inner = chunks[torch.arange(race.shape[0], device=race.device), best].argmin(-1)

@@ -162,6 +162,25 @@ def test_every_stop_id_ends_a_completion_and_counts_as_part_of_it(stop: int) -> 
     assert rollout.texts[0] == TOKENIZER.decode([40, 41])
 
 
+def test_rows_that_stop_at_different_places_are_cut_where_they_stopped() -> None:
+    rollout = sampler(samples_per_prompt=64, max_new_tokens=20).sample(MODEL, PROMPTS, range(4), step=1)
+    assert 10 < int(rollout.finished.sum()) < 200
+    for completion, finished in zip(completions(rollout), rollout.finished.tolist(), strict=True):
+        stops = [place for place, token in enumerate(completion) if token in STOP_IDS]
+        assert stops == ([len(completion) - 1] if finished else [])
+        assert finished or len(completion) == 20
+
+
+def test_an_ordinary_token_as_stop_id_is_not_part_of_the_text() -> None:
+    script = [*script_of("wonder"), *script_of("!"), 40]
+    stop = script_of("!")[0]
+    rollout = sampler(stop_ids=(stop,), max_new_tokens=len(script)).sample(
+        scripted(tiny(), script), PROMPTS[:1], [0], 1
+    )
+    assert completions(rollout)[0] == script[:-1]
+    assert rollout.texts[0] == "wonder"
+
+
 def test_running_out_of_tokens_is_not_finishing_and_stopping_at_the_last_token_is() -> None:
     short = sampler(max_new_tokens=2).sample(scripted(tiny(), [40, 41]), PROMPTS[:1], [0], 1)
     assert not bool(short.finished.any())

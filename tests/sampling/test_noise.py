@@ -106,6 +106,32 @@ def test_every_pair_of_tokens_races_fairly() -> None:
     assert float(z.abs().max()) < 5
 
 
+# name → (factor, mask): h_w = factor·h_v xor mask, modulo 2^32
+RELATIONS = {
+    **{f"h_w = {factor}·h_v": (factor, 0) for factor in (-1, 3, 5)},
+    **{f"h_w = h_v xor 2^{bit}": (1, 1 << bit) for bit in (1, 2, 8, 16, 24, 29, 30, 31)},
+}
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_tokens_with_arithmetically_related_hashes_are_independent(relation: str) -> None:
+    """Among 256k tokens some pairs of hashes are multiples or neighbours of each other. One random multiplication would
+    keep multiples related, and so would two without the shift between them."""
+    hashes = noise._token_hashes(262144, torch.device("cpu"))
+    at = {int(h) & 0xFFFFFFFF: token for token, h in enumerate(hashes.tolist())}
+    factor, mask = RELATIONS[relation]
+    related = {h: ((factor * h) ^ mask) & 0xFFFFFFFF for h in at}
+    pairs = [(at[h], at[w]) for h, w in related.items() if w in at and w > h]
+    assert len(pairs) >= 3
+    first, second = zip(*pairs[:16], strict=True)
+    work = Workspace(8192, len(first), torch.float64, torch.device("cpu"))
+    drawn = []
+    for tokens in (first, second):
+        work.hashes = hashes[list(tokens)]
+        drawn.append(-torch.expm1(work.negative_exponentials(noise._multipliers(keys(8192))).clone()))
+    assert abs(z_pairs(drawn[0], drawn[1])) < LIMIT
+
+
 def test_no_two_tokens_share_a_hash() -> None:
     hashes = noise._token_hashes(262144, torch.device("cpu"))
     assert len(set(hashes.tolist())) == 262144
