@@ -19,8 +19,11 @@ Unit = Literal["completion", "group", "pair"]
 class Collective(Protocol):
     """What a computation over the global batch needs from the process group."""
 
-    rank: int
-    world_size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
 
     def gather(self, value: Tensor) -> Tensor:
         """[n, …] on each rank → [n · world_size, …] in rank order, the same on every rank."""
@@ -124,10 +127,17 @@ class Reward(Protocol):
 class Objective(Protocol):
     """What is optimised: which quantities it needs, how advantages are made, and the loss as a sum."""
 
-    name: str
-    needs: frozenset[Need]
-    unit: Unit
-    request: StatsRequest
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+
+    @property
+    def unit(self) -> Unit: ...
+
+    @property
+    def request(self) -> StatsRequest: ...
 
     def count(self, batch: TokenBatch) -> Tensor:
         """Scalar: how many things the loss averages over in this batch (completions, tokens or pairs)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class TokenBatch:
                 changes[item.name] = {key: function(entry) for key, entry in value.items()}
             elif value is not None:
                 changes[item.name] = function(value)
-        return cast(Self, replace(self, **changes))
+        return replace(self, **changes)
 
     def trimmed(self) -> Self:
         """The same rows in the narrowest tensors that hold them."""
@@ -116,7 +116,7 @@ class TokenBatch:
         if width_p == full_p and width_c == full_c:
             return self
         changes = {item.name: narrow(item.name, getattr(self, item.name)) for item in fields(self)}
-        return cast(Self, replace(self, **changes))
+        return replace(self, **changes)
 
     @property
     def lengths(self) -> Tensor:

@@ -32,7 +32,7 @@ def sft(recipe: Recipe, session: Session) -> Job:
     tokenizer = models.tokenizer_of(recipe)
     rows, report = data.demonstrations(recipe, recipe.data.train, tokenizer)
     data.tell(session.note, "data.train", report)
-    held_out = []
+    held_out: list[tuple[list[int], list[int]]] = []
     if recipe.data.eval:
         held_out, report = data.demonstrations(recipe, recipe.data.eval, tokenizer)
         data.tell(session.note, "data.eval", report)

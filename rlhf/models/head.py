@@ -1,7 +1,7 @@
 """The output head as a module that turns hidden states into token statistics, a chunk of positions at a time.
 
-A 256k vocabulary makes logits the largest tensor of a step: 4,096 positions are 4 GiB in fp32. ``ChunkedHead`` holds one
-chunk of them. It stands in ``lm_head``'s place and is called as a module, because under ZeRO-3 a weight read outside
+A 256k vocabulary makes logits the largest tensor of a step: 4,096 positions are 4 GiB in fp32. ``ChunkedHead`` holds
+one chunk of them. It stands in ``lm_head``'s place and is called as a module, because under ZeRO-3 a weight read outside
 its own module is empty.
 """
 
@@ -88,9 +88,7 @@ class ChunkedHead(nn.Module):
     ) -> PositionStats:
         states = reference.hidden[start : start + len(targets)] if reference is not None else None
         ref_head = reference.head if reference is not None else None
-        if (
-            several and torch.is_grad_enabled()
-        ):  # keep [chunk, H], not [chunk, V]: logits are computed again in backward
+        if several and torch.is_grad_enabled():  # keep [chunk, H], not [chunk, V]: backward computes logits again
             return checkpoint(self._stats, hidden, targets, request, states, ref_head, use_reentrant=False)  # type: ignore[no-any-return]
         return self._stats(hidden, targets, request, states, ref_head)
 

@@ -47,9 +47,10 @@ def load_causal_lm(path: str, *, attention: str = "auto", what: str = "policy.pa
     kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         config = AutoConfig.from_pretrained(path)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **kwargs
         )
+        model, info = loaded
     except (OSError, ValueError) as error:
         raise UserError(f"{what}={path}: no causal language model could be loaded ({_first_line(error)})") from error
     if info["missing_keys"]:

@@ -81,7 +81,7 @@ class ScoredModel(nn.Module):
 def token_stats(
     model: nn.Module, rows: Rows, request: StatsRequest, reference: ReferenceStates | None = None
 ) -> TokenStats:
-    """One forward of a (wrapped) ``ScoredModel`` over laid-out rows; statistics as [B, C], 0 where nothing is scored."""
+    """One forward of a (wrapped) ``ScoredModel`` over laid-out rows; statistics as [B, C], 0 elsewhere."""
     flat = model(
         input_ids=rows.input_ids,
         attention_mask=rows.attention_mask,

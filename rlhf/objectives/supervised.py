@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -25,7 +25,7 @@ class Demonstrations:
     per: Literal["token", "completion"] = "token"
     needs: frozenset[Need] = frozenset()
     unit: Unit = "completion"
-    request: StatsRequest = StatsRequest()
+    request: StatsRequest = field(default_factory=StatsRequest)
 
     def count(self, batch: TokenBatch) -> Tensor:
         tokens = batch.completion_mask & batch.valid[:, None]
@@ -53,7 +53,7 @@ class BradleyTerry:
     name: str = "reward"
     needs: frozenset[Need] = frozenset({"pairs"})
     unit: Unit = "pair"
-    request: StatsRequest = StatsRequest()
+    request: StatsRequest = field(default_factory=StatsRequest)
 
     def count(self, batch: TokenBatch) -> Tensor:
         return batch.valid.sum() // 2

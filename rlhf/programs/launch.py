@@ -24,7 +24,7 @@ from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.run_dir import RunDirectory, Status, open_run
 from rlhf.tracking.tracker import build_tracker
 
-# Keys that may differ when a run is resumed: they change what is seen of a run, or when it pauses, not what it computes.
+# Keys that may differ when a run is resumed: they change what is seen of a run or when it pauses, nothing it computes.
 _FREE = ("run.resume", "run.max_seconds", "tracking.", "checkpoint.keep", "checkpoint.every_steps")
 
 
@@ -51,8 +51,8 @@ def _quiet_libraries() -> None:
     """What transformers tells of loading and saving is checked by ``models.load`` and said in our own words."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _open(recipe: Recipe, runtime: Runtime, command: list[str]) -> RunDirectory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -70,7 +71,7 @@ def train(run: PolicyRun, state: TrainState) -> TrainState:
             report = run.updater.step(terms(run, rollout, step), state.optimizer_step + 1)
         state = advance(state, rollout, report, step, session)
         session.log(step, {**step_metrics(run, rollout, report), **clock.metrics(*totals(rollout, session))})
-        session.samples(step, lambda r=rollout, u=report: sample_rows(r, u.stats, run.samples_logged))
+        session.samples(step, partial(sample_rows, rollout, report.stats, run.samples_logged))
         run.evaluation.maybe(run.model, step)
         session.guard.check(step, applied=report.applied)
         session.checkpoint(step, state, run.model, run.updater.optimizer, last=step == run.steps)

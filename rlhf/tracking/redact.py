@@ -22,6 +22,7 @@ _KNOWN_SHAPES = re.compile(
 )
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _ASSIGNMENT = re.compile(r"([A-Za-z0-9_.-]+)=(\S+)")
+_YAML_ENTRY = re.compile(r"^(\s*(?:- )?)([A-Za-z0-9_.-]+): (\S.*)$", re.M)
 _SHORTEST_SECRET = 8  # shorter values of environment variables would blot out ordinary words
 
 
@@ -35,7 +36,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """The same for one text; also ``key=value`` pairs of a command line."""
+    """The same for one text; also ``key=value`` words of a command line and ``key: value`` lines of a recipe."""
     return _clean(text, _environment_secrets())
 
 
@@ -68,6 +69,7 @@ def _clean(text: str, secrets: tuple[str, ...]) -> str:
         text = text.replace(secret, REDACTED)
     text = _USER_INFO.sub(f"{REDACTED}@", text)
     text = _ASSIGNMENT.sub(lambda m: f"{m[1]}={REDACTED}" if _secret_key(m[1]) else m[0], text)
+    text = _YAML_ENTRY.sub(lambda m: f"{m[1]}{m[2]}: {REDACTED}" if _secret_key(m[2]) else m[0], text)
     return _KNOWN_SHAPES.sub(REDACTED, text)
 
 

@@ -1,0 +1,91 @@
+"""kill -9 anywhere, start again: the final weights are those of the run that was never killed, to the last bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RECIPE = """
+objective: reinforce
+run: {name: kill, seed: 7, steps: 8}
+policy: {scratch: {family: gemma, layers: 1, hidden_size: 32, heads: 2, vocab_size: 512}, compute_dtype: float32}
+reward: {functions: [{call: "rlhf.data.quickstart:gold"}], missing_eos_score: null}
+data:
+  train: [{path: "rlhf.data.quickstart:preferences", max_rows: 64}]
+  eval: [{path: "rlhf.data.quickstart:heldout_prompts", max_rows: 4}]
+rollout: {samples_per_prompt: 2, max_new_tokens: 8}
+kl: {beta: 0.1}
+reinforce: {baseline: moving_average}
+optim: {lr: 1.0e-3}
+batch: {prompts_per_step: 4, microbatch_tokens: 512}
+eval: {every_steps: null}
+checkpoint: {every_steps: 1, keep: 2}
+tracking: {to: []}
+"""
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """A fresh process; its output goes to a file so that nothing blocks on a pipe."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    log = (folder / "log").open("ab")
+    command = [sys.executable, "-m", "rlhf", "train", "recipe.yaml"]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+
+def folder_with_recipe(path: Path) -> Path:
+    path.mkdir()
+    (path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+def final(folder: Path) -> tuple[str, list[tuple[int, float]]]:
+    """Hash of the final weights, and (step, reward) of every line of the metrics."""
+    run = folder / "runs" / "kill-reinforce"
+    assert json.loads((run / "run.json").read_text())["status"] == "finished", (folder / "log").read_text()[-3000:]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rewards = [(row["step"], row["reward/score_mean"]) for row in rows if "reward/score_mean" in row]
+    return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest(), rewards
+
+
+def killed(folder: Path, kills: int, longest: float, draw: random.Random) -> int:
+    """Kills the run ``kills`` times at random moments, then lets it finish. Returns how many kills hit it alive."""
+    hits = 0
+    for _ in range(kills):
+        process = start(folder)
+        try:
+            process.wait(timeout=draw.uniform(0.3, longest))
+            break  # it finished before its time came
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            hits += 1
+    assert start(folder).wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
+    return hits
+
+
+def _compare(tmp_path: Path, kills: int, seed: int) -> int:
+    whole = folder_with_recipe(tmp_path / "whole")
+    began = time.monotonic()
+    assert start(whole).wait(timeout=300) == 0, (whole / "log").read_text()[-3000:]
+    longest = time.monotonic() - began
+    broken = folder_with_recipe(tmp_path / "broken")
+    hits = killed(broken, kills, longest, random.Random(seed))
+    assert final(broken) == final(whole)
+    return hits
+
+
+def test_two_kills_change_nothing(tmp_path: Path) -> None:
+    _compare(tmp_path, kills=2, seed=1)
+
+
+@pytest.mark.slow  # minutes: twelve starts of a process that imports torch and transformers
+def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+    assert _compare(tmp_path, kills=10, seed=2) >= 5
