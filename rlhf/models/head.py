@@ -1,8 +1,8 @@
 """The output head as a module that turns hidden states into token statistics, a chunk of positions at a time.
 
 A 256k vocabulary makes logits the largest tensor of a step: 4,096 positions are 4 GiB in fp32. ``ChunkedHead`` holds
-one chunk of them. It stands in ``lm_head``'s place and is called as a module, because under ZeRO-3 a weight read outside
-its own module is empty.
+one chunk of them. It stands in ``lm_head``'s place and is called as a module: under ZeRO-3 a weight read outside its
+own module is empty.
 """
 
 from __future__ import annotations

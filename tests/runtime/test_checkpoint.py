@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -173,12 +174,17 @@ def test_a_checkpoint_of_format_1_written_by_hand_still_loads(tmp_path: Path) ->
 
 # --- death at every boundary (F4) ------------------------------------------------------------------------------------
 
-# The child imports torch once and forks for every death, so that each one is a real SIGKILL of a real process.
-FORKING_CHILD = """
-import json, os, sys
+FAILPOINTS = ("after_model", "before_manifest", "before_rename", "after_rename", "mid_prune")
+COMMITTED = ("after_rename", "mid_prune")
+
+# One child imports torch once and forks for every death, so that each one is a real SIGKILL of a real process. It also
+# lives through a file-size limit, which stands for a full disk.
+CHILD = """
+import json, os, resource, sys
 from pathlib import Path
-from rlhf.runtime.checkpoint import newest_checkpoint
+from rlhf.runtime.checkpoint import CheckpointFailed, newest_checkpoint, save_checkpoint
 from test_checkpoint import save
+import torch
 
 def die(root, saves, keep, failpoint):
     "Saves the next steps until the failpoint strikes. Returns first step, signal, and the newest step afterwards."
@@ -193,30 +199,70 @@ def die(root, saves, keep, failpoint):
     path = newest_checkpoint(Path(root)).path
     return first, signal, int(path.name[5:]) if path else 0
 
-print(json.dumps([die(*job) for job in json.load(sys.stdin)]))
+def fail(root):
+    "Two saves that are larger than a file may be. Returns the messages."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    messages = []
+    for step in (3, 4):
+        try:
+            save_checkpoint(Path(root), step, {"model": {"w": torch.ones(2**19)}}, {}, keep=2)
+        except CheckpointFailed as error:
+            messages.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return messages
+
+jobs = json.load(sys.stdin)
+print(json.dumps({"deaths": [die(*job) for job in jobs["deaths"]], "failures": fail(jobs["limited"])}))
 """
 
 
-def run_child(source: str, *arguments: str, text: str = "") -> str:
+@dataclass(frozen=True)
+class Faults:
+    """What the child was told to do and what it reported: (first step, signal, newest step) for each death."""
+
+    root: Path
+    jobs: list[tuple[str, int, int, str]]
+    deaths: list[tuple[int, int, int]]
+    failures: list[str]
+    before: dict[str, FileRecord]
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
+    root = tmp_path_factory.mktemp("faults")
+    generator = random.Random(0)
+    at_boundaries = [(str(root / name), 4, 2, name) for name in FAILPOINTS]
+    at_random = [
+        (str(root / str(run)), generator.randint(1, 3), generator.randint(1, 2), generator.choice(FAILPOINTS))
+        for run in range(12)
+        for _ in range(4)
+    ]
+    for step in (1, 2):
+        save(root / "limited", step)
+    before = fingerprint(root / "limited" / "step-00000002")
+    jobs = [*at_boundaries, *at_random]
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", source, *arguments]
-    done = subprocess.run(command, env=variables, input=text, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        input=json.dumps({"deaths": jobs, "limited": str(root / "limited")}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    found = json.loads(done.stdout)
+    deaths = [(first, killed, newest) for first, killed, newest in found["deaths"]]
+    return Faults(root=root, jobs=jobs, deaths=deaths, failures=found["failures"], before=before)
 
 
-FAILPOINTS = ("after_model", "before_manifest", "before_rename", "after_rename", "mid_prune")
-COMMITTED = ("after_rename", "mid_prune")
-
-
-def test_death_at_every_boundary_leaves_the_last_complete_checkpoint(tmp_path: Path) -> None:
+def test_death_at_every_boundary_leaves_the_last_complete_checkpoint(faults: Faults) -> None:
     """Steps 1 … 4 with keep = 2, dying in the save of step 4: step 3 is whole before the rename, step 4 after it."""
-    jobs = [(str(tmp_path / name), 4, 2, name) for name in FAILPOINTS]
-    deaths = json.loads(run_child(FORKING_CHILD, text=json.dumps(jobs)))
-    assert deaths == [[1, signal.SIGKILL, 4 if name in COMMITTED else 3] for name in FAILPOINTS]
+    assert faults.deaths[: len(FAILPOINTS)] == [
+        (1, signal.SIGKILL, 4 if name in COMMITTED else 3) for name in FAILPOINTS
+    ]
     for name in FAILPOINTS:
-        root = tmp_path / name
+        root = faults.root / name
         expected = 4 if name in COMMITTED else 3
         assert len(list(root.glob(".*"))) == (name != "after_rename"), "one hidden directory is left by the dead save"
         newest = ckpt.newest_checkpoint(root)
@@ -228,17 +274,11 @@ def test_death_at_every_boundary_leaves_the_last_complete_checkpoint(tmp_path: P
         assert names(root) == [f"step-{step:08d}" for step in (expected, expected + 1)]
 
 
-def test_any_sequence_of_saves_and_deaths_leaves_the_step_committed_last(tmp_path: Path) -> None:
+def test_any_sequence_of_saves_and_deaths_leaves_the_step_committed_last(faults: Faults) -> None:
     """12 directories, four deaths each at random points with random keep, then picked up again."""
-    generator = random.Random(0)
-    jobs = [
-        (str(tmp_path / str(run)), generator.randint(1, 3), generator.randint(1, 2), generator.choice(FAILPOINTS))
-        for run in range(12)
-        for _ in range(4)
-    ]
-    deaths = json.loads(run_child(FORKING_CHILD, text=json.dumps(jobs)))
-    assert sum(death[1] == signal.SIGKILL for death in deaths) > 36, "mid_prune strikes only where there is a spare one"
-    for (_, saves, _, point), (first, killed, newest) in zip(jobs, deaths, strict=True):
+    at_random = list(zip(faults.jobs, faults.deaths, strict=True))[len(FAILPOINTS) :]
+    assert sum(killed for _, (_, killed, _) in at_random) > 36 * signal.SIGKILL, "mid_prune needs a spare checkpoint"
+    for (_, saves, _, point), (first, killed, newest) in at_random:
         committed = not killed or point in COMMITTED
         assert newest == first + saves - 1 if committed else newest == first + saves - 2
 
@@ -253,34 +293,14 @@ def test_a_replaced_checkpoint_comes_back_when_the_replacement_died(tmp_path: Pa
 
 # --- a full disk (F8) ------------------------------------------------------------------------------------------------
 
-LIMITED_CHILD = """
-import resource, sys
-from pathlib import Path
-from rlhf.runtime.checkpoint import CheckpointFailed, newest_checkpoint, save_checkpoint
-from test_checkpoint import fingerprint, save
-import torch
 
-root = Path(sys.argv[1])
-save(root, 1), save(root, 2)
-before = fingerprint(root / "step-00000002")
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-for step in (3, 4):
-    try:
-        save_checkpoint(root, step, {"model": {"w": torch.ones(2**19)}}, {}, keep=2)
-    except CheckpointFailed as error:
-        print(error)
-assert fingerprint(root / "step-00000002") == before
-assert newest_checkpoint(root) == (root / "step-00000002", ())
-assert [path.name for path in root.iterdir()] == ["step-00000002"]
-save(root, 5)
-assert sorted(path.name for path in root.iterdir()) == ["step-00000002", "step-00000005"]
-"""
-
-
-def test_a_file_system_that_takes_no_more_costs_only_the_spare_checkpoint(tmp_path: Path) -> None:
-    messages = run_child(LIMITED_CHILD, str(tmp_path)).splitlines()
-    assert len(messages) == 2
-    assert "step 3" in messages[0] and "2.0 MiB" in messages[0] and "step-00000002 is untouched" in messages[0]
+def test_a_file_system_that_takes_no_more_costs_only_the_spare_checkpoint(faults: Faults) -> None:
+    root = faults.root / "limited"
+    assert len(faults.failures) == 2
+    assert all(words in faults.failures[0] for words in ("step 3", "2.0 MiB", "step-00000002 is untouched"))
+    assert names(root) == ["step-00000002"] and fingerprint(root / "step-00000002") == faults.before
+    save(root, 5)
+    assert names(root) == ["step-00000002", "step-00000005"]
 
 
 def test_too_little_free_space_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

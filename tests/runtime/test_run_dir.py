@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,29 +188,27 @@ def test_never_starts_anew_beside_what_exists(tmp_path: Path) -> None:
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    child = textwrap.dedent("""
-        import sys
-        from pathlib import Path
-        from rlhf.errors import UserError
-        from rlhf.runtime.run_dir import open_run
-        try:
-            open_run(Path(sys.argv[1]), "", lambda old: [], "auto")
-        except UserError as error:
-            print(error)
-            sys.exit(error.code)
-    """)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", child, str(tmp_path / "a")]
+    reader, writer = os.pipe()
     with open_(tmp_path / "a") as run:
         recorded = (run.path / "run.json").read_bytes()
-        second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert (second.returncode, second.stderr) == (2, "")
-        assert f"in use by another run (process {os.getpid()})" in second.stdout
+        holder = str(os.getpid())
+        second = os.fork()
+        if second == 0:
+            try:
+                open_(tmp_path / "a")
+            except UserError as error:
+                os.write(writer, str(error).encode())
+                os._exit(error.code)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) == ExitCode.USER
+        assert f"in use by another run (process {holder})" in os.read(reader, 1000).decode()
         assert (run.path / "run.json").read_bytes() == recorded
         with pytest.raises(UserError, match="in use"):
             open_(tmp_path / "a")
     with open_(tmp_path / "a"):
         pass
+    for descriptor in (reader, writer):
+        os.close(descriptor)
 
 
 def test_a_forked_worker_does_not_keep_the_directory_locked(tmp_path: Path) -> None:
