@@ -10,14 +10,11 @@ prune. At every moment the newest complete checkpoint stays loadable.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import secrets
 import shutil
-import signal
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +28,6 @@ from rlhf.runtime.manifest import (
     CheckpointInvalid,
     Manifest,
     library_versions,
-    read_manifest,
     record_of,
     sync_directory,
     sync_file,
@@ -40,6 +36,16 @@ from rlhf.runtime.manifest import (
     write_text_synced,
 )
 from rlhf.runtime.rng import restore_rng, rng_tensors
+from rlhf.runtime.step_directories import (
+    STEP_NAME,
+    checkpoint_steps,
+    failpoint,
+    hidden,
+    ours,
+    prune,
+    recover,
+    step_directory,
+)
 
 __all__ = [
     "CheckpointFailed",
@@ -60,10 +66,7 @@ __all__ = [
 
 STATE = "state.json"
 SHARD_BYTES = 4 * 2**30  # a tensor larger than this gets a file of its own
-FAILPOINT_VARIABLE = "RLHF_TEST_FAILPOINT"
 
-_STEP_NAME = re.compile(r"step-([0-9]{8})")
-_HIDDEN_NAME = re.compile(r"\.(staging|pruned|replaced)-(step-[0-9]{8})-[0-9a-f]{8}")
 _PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SPARE_BYTES = 2**20  # manifest, state and file-system blocks
 
@@ -86,13 +89,6 @@ class Newest(NamedTuple):
 
     path: Path | None
     notes: tuple[str, ...] = ()
-
-
-def failpoint(name: str, step: int) -> None:
-    """Dies by SIGKILL here when the test variable names this point, as ``name`` or ``name@step``."""
-    wanted = os.environ.get(FAILPOINT_VARIABLE)
-    if wanted and wanted in (name, f"{name}@{step}"):
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def save_checkpoint(
@@ -130,7 +126,7 @@ def save_checkpoint(
                 raise CheckpointFailed(_failure(root, step, files, error)) from error
             first_error = error
             _make_room(root, keep, protect)
-    _prune(root, step, keep, {step, *protect})
+    prune(root, step, keep, {step, *protect})
     return path
 
 
@@ -167,32 +163,12 @@ def newest_checkpoint(root: Path) -> Newest:
     return Newest(None, tuple(notes))
 
 
-def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return root / f"step-{step:08d}"
-
-
-def checkpoint_steps(root: Path) -> list[int]:
-    """Steps that have a directory in ``root``, ascending, complete or not. No root, no steps."""
-    return sorted(int(match[1]) for entry, match in _directories(root, _STEP_NAME))
-
-
-def recover(root: Path) -> None:
-    """Clears what a killed save left behind: staging directories go, a checkpoint under replacement comes back."""
-    for path, match in list(_directories(root, _HIDDEN_NAME)):
-        final = root / match[2]
-        if match[1] == "replaced" and not os.path.lexists(final):
-            os.rename(path, final)
-        else:
-            shutil.rmtree(path)
-
-
 def _write(root: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state_text: str) -> Path:
     needed = _bytes_of(files) + _SPARE_BYTES
     free = shutil.disk_usage(root).free
     if free < needed:
         raise OSError(f"{needed} bytes needed, {free} free")
-    staging = root / _hidden("staging", step)
+    staging = root / hidden("staging", step)
     staging.mkdir(mode=0o700)
     try:
         parts = {}
@@ -270,10 +246,10 @@ def _commit(root: Path, staging: Path, step: int) -> Path:
         os.rename(staging, final)
         sync_directory(root)
         return final
-    if final.is_dir() and not final.is_symlink() and not _ours(final):
+    if final.is_dir() and not final.is_symlink() and not ours(final):
         raise FileExistsError(f"{final} exists and was not written by this program")
     # The same step once more: the old one steps aside and comes back (recover) if we die between the two renames.
-    aside = root / _hidden("replaced", step)
+    aside = root / hidden("replaced", step)
     os.rename(final, aside)
     os.rename(staging, final)
     sync_directory(root)
@@ -287,51 +263,7 @@ def _make_room(root: Path, keep: int, protect: Collection[int]) -> None:
     if newest is None:
         return
     step = int(newest.name.removeprefix("step-"))
-    _prune(root, step, max(keep - 1, 1), {step, *protect})
-
-
-def _prune(root: Path, step: int, keep: int, spared: Collection[int]) -> None:
-    """Removes all but the newest ``keep`` checkpoints up to ``step``; higher steps belong to somebody else."""
-    ours = [candidate for candidate in checkpoint_steps(root) if candidate <= step]
-    for candidate in ours[: max(len(ours) - keep, 0)]:
-        if candidate in spared or not _ours(step_directory(root, candidate)):
-            continue
-        doomed = root / _hidden("pruned", candidate)
-        try:
-            os.rename(step_directory(root, candidate), doomed)
-            failpoint("mid_prune", step)
-            shutil.rmtree(doomed)
-        except OSError:
-            continue  # the checkpoint itself is safe; recover() tries again at the next save
-
-
-def _ours(path: Path) -> bool:
-    """Only a directory with our manifest is ever deleted, be it complete or damaged."""
-    manifest = path / MANIFEST
-    if manifest.is_symlink() or not manifest.is_file():
-        return False
-    try:
-        read_manifest(path)
-    except CheckpointInvalid:
-        return b"rlhf-checkpoint" in manifest.read_bytes()[:200]
-    return True
-
-
-def _directories(root: Path, pattern: re.Pattern[str]) -> Iterator[tuple[Path, re.Match[str]]]:
-    """Real directories of ``root`` whose whole name matches; links are never followed."""
-    try:
-        with os.scandir(root) as entries:
-            for entry in entries:
-                match = pattern.fullmatch(entry.name)
-                if match and entry.is_dir(follow_symlinks=False):
-                    yield Path(entry.path), match
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise  # an unreadable root must not look like an empty one
-
-
-def _hidden(kind: str, step: int) -> str:
-    return f".{kind}-step-{step:08d}-{secrets.token_hex(4)}"
+    prune(root, step, max(keep - 1, 1), {step, *protect})
 
 
 def _load_parts(directory: Path, parts: tuple[str, ...]) -> dict[str, Tensor]:
@@ -345,7 +277,7 @@ def _load_parts(directory: Path, parts: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _check_step(path: Path, manifest: Manifest) -> None:
-    match = _STEP_NAME.fullmatch(path.name)
+    match = STEP_NAME.fullmatch(path.name)
     if match and int(match[1]) != manifest.step:
         raise CheckpointInvalid(f"{path / MANIFEST}: is of step {manifest.step}, the directory is named {path.name}")
 

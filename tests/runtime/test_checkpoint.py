@@ -543,6 +543,14 @@ def test_pruning_keeps_the_newest_the_protected_and_what_is_not_ours(tmp_path: P
     assert names(victim) == ["precious"]
 
 
+def test_a_directory_that_is_not_ours_does_not_count_among_those_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "step-00000003").mkdir()
+    save(tmp_path, 4, keep=2)
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
+
+
 def test_a_link_or_a_strangers_directory_in_the_place_of_a_checkpoint_loses_nothing(tmp_path: Path) -> None:
     victim, root = tmp_path / "victim", tmp_path / "checkpoints"
     victim.mkdir()
