@@ -58,7 +58,7 @@ def objective(recipe: Recipe) -> PolicyObjective:
 def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
     """Every reward source with its weight."""
     settings = recipe.reward
-    models = [
+    trained = [
         (
             load_reward_model(
                 cast(str, entry.path),
@@ -77,7 +77,7 @@ def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
         for entry in settings.functions
     ]
     return RewardSet(
-        models=models,
+        models=trained,
         functions=functions,
         combine=settings.combine,
         clip=settings.clip,

@@ -35,9 +35,9 @@ tracking: {to: []}
 def start(folder: Path) -> subprocess.Popen[bytes]:
     """A fresh process; its output goes to a file so that nothing blocks on a pipe."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    log = (folder / "log").open("ab")
     command = [sys.executable, "-m", "rlhf", "train", "recipe.yaml"]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
 
 def folder_with_recipe(path: Path) -> Path:
