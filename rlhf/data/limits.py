@@ -66,16 +66,15 @@ def _shortened(tokenizer: Any, prompt: Prompt, max_tokens: int) -> tuple[Prompt,
     while len(turns) > 2 and len(render_prompt(tokenizer, replace(prompt, turns=system + turns))) > max_tokens:
         turns = turns[2:]  # a question and its answer go together: the conversation starts with a user turn
     shorter = replace(prompt, turns=system + turns) if prompt.conversational else prompt
-    excess = len(render_prompt(tokenizer, shorter)) - max_tokens
-    while excess > 0:
-        text = shorter.turns[-1].content if shorter.conversational else shorter.text
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) <= excess:
+    text = shorter.turns[-1].content if shorter.conversational else shorter.text
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    cut = 0
+    while (excess := len(render_prompt(tokenizer, shorter)) - max_tokens) > 0:
+        cut += excess  # what is left may encode to more tokens than it was cut from, so look again
+        if cut >= len(ids):
             return shorter, False
-        text = str(tokenizer.decode(ids[excess:], clean_up_tokenization_spaces=False)).lstrip("\ufffd")
-        shorter = _with_last_text(shorter, text)
-        # Text that was cut may encode to a token more than was left of it, so look again; it shrinks every time.
-        excess = len(render_prompt(tokenizer, shorter)) - max_tokens
+        rest = str(tokenizer.decode(ids[cut:], clean_up_tokenization_spaces=False))
+        shorter = _with_last_text(shorter, rest.lstrip("\ufffd"))  # the bytes of a character cut in two
     return shorter, True
 
 

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.dropped import Dropped
+from rlhf.data.limits import within_length
 from rlhf.data.load import SourceSpec, load_demonstrations, load_preferences, load_prompts, training_texts
 from rlhf.errors import UserError
 from rlhf.models.chat import render_prompt
 from rlhf.models.scratch import train_tokenizer
+from rlhf.rollout import Prompt
 
 TEXTS = ["a long question about the weather", "and an answer", "one two three four five six seven eight"]
 
@@ -62,6 +65,25 @@ def test_long_prompts_are_dropped_or_lose_their_beginning(tmp_path: Path, tokeni
     assert len(cut[0].turns) == 1  # whole turns went first
     assert TEXTS[2].endswith(cut[0].turns[0].content) and cut[0].turns[0].content.endswith("seven eight")
     assert cut[2].text == TEXTS[2]  # it fitted
+
+
+def test_a_cut_is_measured_again() -> None:
+    class Prefixing:
+        """Puts a token of its own in front of every text, as SentencePiece does; it is not text."""
+
+        bos_token_id = None
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return [0, *map(ord, text)]
+
+        def decode(self, ids: list[int], **settings: Any) -> str:
+            return "".join(chr(token) for token in ids if token)
+
+    dropped = Dropped()
+    cut = within_length([Prompt(row_id=0, text="abcdef")], Prefixing(), 4, "truncate_left", dropped)
+    assert [prompt.text for prompt in cut] == ["def"]  # three letters and the prefix
+    assert within_length(cut, Prefixing(), 1, "truncate_left", dropped) == []
+    assert dropped.counts == {"prompt longer than 1 tokens": 1}
 
 
 def test_what_no_cut_can_fit_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
