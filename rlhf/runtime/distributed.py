@@ -171,6 +171,10 @@ def _configure_deepspeed(accelerator: Any, max_grad_norm: float | None) -> None:
     plugin.deepspeed_config["gradient_accumulation_steps"] = 1  # the updater drives the engine itself
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # nothing reads it; DeepSpeed wants one
     plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    # Else transformers would shard every model it loads, the frozen ones too, whose engine never gathers them.
+    unset_hf_deepspeed_config()
 
 
 def _kind(accelerator: Any) -> Kind:

@@ -152,7 +152,7 @@ def test_chunks_bound_the_logits_held() -> None:
 
 @pytest.mark.parametrize("chunk_bytes", [2**20, THREE_POSITIONS])
 def test_gradients_are_finite_differences(chunk_bytes: int) -> None:
-    """Of logprobs and exact KL in the hidden states, in float64 (the trunk's norms compute in fp32, the head does not)."""
+    """Of logprobs and exact KL in the hidden states, in float64 (the trunk has norms in fp32, the head has nothing)."""
     lm, ref = (language_model("gemma3", seed, softcap=3.0).double() for seed in (0, 1))
     head, other = (ScoredModel(each, chunk_bytes=chunk_bytes).head for each in (lm, ref))
     generator = torch.Generator().manual_seed(0)

@@ -297,7 +297,12 @@ def hostile(path: Path, payload: Sequence[str]) -> Path:
     rows += [{"step": 1, "prompt": text[36 + i], "completion": text[i], "scores": {text[i]: 1.0}} for i in range(8)]
     run = {"command": text[1], "exit_reason": text[2], "status": "failed", "commit": text[3], "started": text[4]}
     run |= {"versions": {text[5]: text[6]}}
-    recipe = {"objective": text[7], "policy": {"path": text[8]}, "kl": {"beta": text[9]}, text[10]: text[11]}
+    recipe = {
+        "objective": text[7],
+        "policy": {"path": text[8]},
+        "kl": {"beta": text[9]},
+        text[10]: text[11] + path.name,
+    }
     measured = [{**row, f"reward/{text[0]}_mean": 1.0} for row in metrics()]
     return make_run(path, recipe=json.dumps(recipe), run=run, rows=measured, texts=rows)
 
