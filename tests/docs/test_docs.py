@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shlex
+import typing
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -158,7 +159,7 @@ def written_by(file: str) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(text_of(file))):
         if isinstance(node, ast.JoinedStr):
-            parts = ["<>" if isinstance(part, ast.FormattedValue) else str(part.value) for part in node.values]  # type: ignore[attr-defined]
+            parts = [str(part.value) if isinstance(part, ast.Constant) else "<>" for part in node.values]
             found |= {name for name in metric_names("".join(parts)) if "<>" in name}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _METRIC.fullmatch(node.value):
             found.add(node.value)
@@ -224,8 +225,6 @@ def known_key(dotted: str) -> bool:
 
 
 def _classes(annotation: object) -> Iterator[type]:
-    import typing
-
     if isinstance(annotation, type):
         yield annotation
     for argument in typing.get_args(annotation):
@@ -250,7 +249,7 @@ def commands() -> Iterator[tuple[str, str]]:
     for name in NAMES:
         for block in blocks(name, "bash", ""):
             for line in block.splitlines():
-                if re.match(r"(rlhf|make|accelerate launch|python -m rlhf|\.ci/run)\b", line):
+                if re.match(r"(rlhf|make|accelerate launch|python -m rlhf|\.ci/run)( |$)", line):
                     yield name, line.split("  #")[0].strip()
 
 
