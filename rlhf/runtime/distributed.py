@@ -174,7 +174,7 @@ def _configure_deepspeed(accelerator: Any, max_grad_norm: float | None) -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # Else transformers would shard every model it loads, the frozen ones too, whose engine never gathers them.
-    unset_hf_deepspeed_config()
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
 
 
 def _kind(accelerator: Any) -> Kind:

@@ -501,7 +501,7 @@ def test_a_thousand_odd_names_raise_nothing_and_hide_nothing(tmp_path: Path) -> 
             path.mkdir()
         else:
             path.symlink_to(generator.choice(targets))
-    (tmp_path / ("step-" + "\uff19" * 8)).mkdir()  # digits to Python, not to us
+    (tmp_path / ("step-" + "\uff18" * 8)).mkdir()  # digits to Python, not to us
     assert set(ckpt.checkpoint_steps(tmp_path)) <= {12, 99}
     assert ckpt.newest_checkpoint(tmp_path).path == tmp_path / "step-00000012"
     count = len(names(tmp_path))
