@@ -234,7 +234,13 @@ def _header(record: RunRecord, index: int) -> dict[str, Any]:
 
 
 def _settings(record: RunRecord) -> list[tuple[str, str]]:
-    found = [(label, record.settings.get(key)) for key, label in _SETTINGS.items()]
+    """The settings that this objective reads."""
+    objective = record.settings.get("objective")
+    idle = {"reinforce"} if objective != "reinforce" else set()
+    if not record.has("kl/reference"):
+        idle |= {"reference", "reward", "kl", "reinforce", "rollout"}
+    keys = {key: label for key, label in _SETTINGS.items() if key.partition(".")[0] not in idle}
+    found = [(label, record.settings.get(key)) for key, label in keys.items()]
     return [(label, _cell(value)) for label, value in found if value is not None]
 
 

@@ -127,9 +127,9 @@ def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.nda
     return np.array([across[b].mean() for b in blocks]), np.array([up[b].mean() for b in blocks])
 
 
-def _averaged(x: Sequence[float], y: Sequence[float], points: int = 24) -> tuple[np.ndarray, np.ndarray]:
+def _averaged(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Means of runs of steps: one rollout's KL and score are too noisy to draw a path with."""
-    blocks = np.array_split(np.arange(len(x)), min(len(x), points))
+    blocks = np.array_split(np.arange(len(x)), min(max(len(x) // 5, 6), 24, len(x)))
     across, up = np.maximum(np.asarray(x, dtype=float), 0.0), np.asarray(y, dtype=float)
     return np.array([across[b].mean() for b in blocks]), np.array([up[b].mean() for b in blocks])
 

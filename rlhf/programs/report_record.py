@@ -57,7 +57,9 @@ class RunRecord:
     @cached_property
     def loss(self) -> str | None:
         """The main loss curve's name."""
-        keys = dict.fromkeys(key for row in self.rows for key in row if re.fullmatch(r"policy/(\w+_)?loss", key))
+        keys = dict.fromkeys(
+            key for row in self.rows for key in row if re.fullmatch(r"policy/(\w+_)?loss|loss/\w+", key)
+        )
         return "policy/loss" if "policy/loss" in keys else next(iter(keys), None)
 
     def has(self, key: str) -> bool:

@@ -181,7 +181,7 @@ def test_several_runs_lie_over_each_other_on_one_page(tmp_path: Path, capsys: py
 
 
 def test_runs_of_different_kinds_and_none_at_all(tmp_path: Path) -> None:
-    sft = make_run(tmp_path / "sft", rows=[{"step": s, "policy/sft_loss": 5 - s / 10} for s in range(1, 41)], texts=[])
+    sft = make_run(tmp_path / "sft", rows=[{"step": s, "loss/sft": 5 - s / 10} for s in range(1, 41)], texts=[])
     page = Page(report.write_report(sft))
     assert "Loss" in page.texts and "What to try next" not in page.text
     assert "Start and end Means over the first and the last tenth of the curve. loss 4.75 → 1.15" in page.text
