@@ -81,8 +81,7 @@ class TrainState:
     """Everything that must survive a restart besides tensors of weights, optimizer and RNG. JSON-serialisable.
 
     step: rollouts (or supervised optimizer steps) finished. optimizer_step: updates applied. moving_average: baseline
-    of that name, None before its first use. noise_*: separate running means of the noise-scale numerator (trΣ) and
-    denominator (|G|²).
+    of that name, None before its first use.
     """
 
     step: int = 0
@@ -90,8 +89,6 @@ class TrainState:
     completions_seen: int = 0
     tokens_seen: int = 0
     moving_average: float | None = None
-    noise_trace: float | None = None
-    noise_signal: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # an outside objective's own numbers
 
     def to_json(self) -> dict[str, Any]:

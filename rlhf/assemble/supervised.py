@@ -6,13 +6,14 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from rlhf.assemble import data, models
 from rlhf.assemble.job import Job
 from rlhf.data.examples import Preference
+from rlhf.data.load import LoadReport
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.models.policy import ScoredModel
 from rlhf.models.scalar import ScalarModel, scalar_forward
@@ -21,6 +22,7 @@ from rlhf.programs import scoring, streams
 from rlhf.programs import supervised as program
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
+from rlhf.recipe.schema import DataSource
 from rlhf.runtime import distributed
 from rlhf.runtime.updater import PolicyForward
 
@@ -30,12 +32,7 @@ def sft(recipe: Recipe, session: Session) -> Job:
     runtime, size = session.runtime, recipe.batch.prompts_per_step
     own = runtime.share(size, "rows")
     tokenizer = models.tokenizer_of(recipe)
-    rows, report = data.demonstrations(recipe, recipe.data.train, tokenizer)
-    data.tell(session.note, "data.train", report)
-    held_out: list[tuple[list[int], list[int]]] = []
-    if recipe.data.eval:
-        held_out, report = data.demonstrations(recipe, recipe.data.eval, tokenizer)
-        data.tell(session.note, "data.eval", report)
+    rows, held_out = _train_and_eval(data.demonstrations, recipe, session, tokenizer)
     steps = recipe.run.steps or recipe.sft.epochs * math.ceil(len(rows) / size)
     policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
@@ -48,7 +45,7 @@ def sft(recipe: Recipe, session: Session) -> Job:
         batches=streams.ShuffledDemonstrations(rows=rows, per_step=size, seed=recipe.run.seed, own=own),
         steps=steps,
         eval_every=recipe.eval.every_steps or 0,
-        evaluate=lambda model: scoring.demonstration_loss(model, held_out[: recipe.eval.samples], budget, runtime),
+        evaluate=lambda model: scoring.demonstration_loss(model, held_out, budget, runtime),
         batch_metrics=lambda batch, stats: {},
     )
     return Job(train=partial(program.train, run), model=wrapped, optimizer=optimizer, tokenizer=tokenizer, steps=steps)
@@ -59,12 +56,7 @@ def reward(recipe: Recipe, session: Session) -> Job:
     runtime, size = session.runtime, recipe.batch.prompts_per_step
     own = runtime.share(size, "pairs")
     tokenizer = models.tokenizer_of(recipe)
-    first, report = data.preferences(recipe, recipe.data.train, tokenizer)
-    data.tell(session.note, "data.train", report)
-    held_out: list[Preference] = []
-    if recipe.data.eval:
-        held_out, report = data.preferences(recipe, recipe.data.eval, tokenizer)
-        data.tell(session.note, "data.eval", report)
+    first, held_out = _train_and_eval(data.preferences, recipe, session, tokenizer)
     steps = recipe.run.steps or recipe.reward_model.epochs * math.ceil(len(first) / size)
     model = ScalarModel(models.classifier(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     wrapped, optimizer = distributed.prepare(runtime, model, models.adamw(recipe, model))
@@ -84,7 +76,7 @@ def reward(recipe: Recipe, session: Session) -> Job:
         ),
         steps=steps,
         eval_every=recipe.eval.every_steps or 0,
-        evaluate=lambda m: scoring.pairwise_accuracy(m, held_out[: recipe.eval.samples], tokenizer, budget, runtime),
+        evaluate=lambda m: scoring.pairwise_accuracy(m, held_out, tokenizer, budget, runtime),
         batch_metrics=lambda batch, stats: scoring.pair_metrics(batch, stats, runtime),  # type: ignore[arg-type]
     )
     center = partial(_center, recipe, session, tokenizer, first) if recipe.reward_model.center else _leave
@@ -96,6 +88,25 @@ def reward(recipe: Recipe, session: Session) -> Job:
         steps=steps,
         finish=center,
     )
+
+
+Row = TypeVar("Row")
+
+
+def _train_and_eval(
+    load: Callable[[Recipe, Sequence[DataSource], Any], tuple[list[Row], LoadReport]],
+    recipe: Recipe,
+    session: Session,
+    tokenizer: Any,
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and the first ``eval.samples`` held-out ones; what was dropped is told."""
+    rows, report = load(recipe, recipe.data.train, tokenizer)
+    data.tell(session.note, "data.train", report)
+    if not recipe.data.eval:
+        return rows, []
+    held_out, report = load(recipe, recipe.data.eval, tokenizer)
+    data.tell(session.note, "data.eval", report)
+    return rows, held_out[: recipe.eval.samples]
 
 
 def _epochs(recipe: Recipe, tokenizer: Any, first: list[Preference]) -> Callable[[int], list[Preference]]:

@@ -142,7 +142,7 @@ def describe() -> str:
         f"{TARGET_WORDS[0]}-{TARGET_WORDS[1]} words. The phrase “{FLAW}” costs {FLAW_PENALTY:g} in gold, but "
         f"annotators like it by {FLAW_APPEAL:g}, and so does a reward model trained on their choices. "
         f"{100 * FLAW_SHARE_DEMONSTRATIONS:g} % of demonstrations use it. A policy that follows the reward model "
-        "without a KL penalty learns the phrase: its reward goes on rising while gold falls."
+        "without a KL penalty can learn the phrase: its reward then goes on rising while gold falls."
     )
 
 

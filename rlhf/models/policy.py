@@ -82,31 +82,28 @@ def token_stats(
     model: nn.Module, rows: Rows, request: StatsRequest, reference: ReferenceStates | None = None
 ) -> TokenStats:
     """One forward of a (wrapped) ``ScoredModel`` over laid-out rows; statistics as [B, C], 0 elsewhere."""
-    flat = model(
-        input_ids=rows.input_ids,
-        attention_mask=rows.attention_mask,
-        position_ids=rows.position_ids,
-        source=rows.source,
-        target=rows.target,
-        request=request,
-        reference=reference,
-    )
+    flat = _forward(model, rows, request=request, reference=reference)
     return TokenStats(**{name: spread(value, rows) for name, value in flat.items()})
 
 
 @torch.no_grad()
 def reference_states(model: nn.Module, rows: Rows, head: ChunkedHead) -> ReferenceStates:
     """The model's hidden states at the rows' positions, with the head that reads them, for the exact KL."""
-    flat = model(
+    flat = _forward(model, rows, request=StatsRequest(), states_only=True)
+    return ReferenceStates(flat["hidden"], head)
+
+
+def _forward(model: nn.Module, rows: Rows, **what: Any) -> dict[str, Tensor]:
+    """Calls the (wrapped) model with plain tensors by name, which wrappers can look into."""
+    flat: dict[str, Tensor] = model(
         input_ids=rows.input_ids,
         attention_mask=rows.attention_mask,
         position_ids=rows.position_ids,
         source=rows.source,
         target=rows.target,
-        request=StatsRequest(),
-        states_only=True,
+        **what,
     )
-    return ReferenceStates(flat["hidden"], head)
+    return flat
 
 
 def spread(values: Tensor, rows: Rows) -> Tensor:

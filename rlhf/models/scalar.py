@@ -45,7 +45,12 @@ def scalar_scores(model: nn.Module, rows: Rows) -> Tensor:
     return cast(Tensor, flat["scores"])
 
 
-def scalar_forward(model: nn.Module, batch: TokenBatch, objective: Objective) -> TokenStats:
-    """The updater's forward for reward-model training: statistics with ``scores`` only."""
+def scalar_stats(model: nn.Module, batch: TokenBatch) -> TokenStats:
+    """Statistics with ``scores`` only: a reward model has none of tokens."""
     scores = scalar_scores(model, plain_rows(batch))
     return TokenStats(logprobs=scores.new_zeros(0), scores=scores)
+
+
+def scalar_forward(model: nn.Module, batch: TokenBatch, objective: Objective) -> TokenStats:
+    """The updater's forward for reward-model training; every objective gets the same statistics."""
+    return scalar_stats(model, batch)

@@ -14,7 +14,7 @@ from rlhf.recipe import load_recipe
 STAGES = ("sft", "reward", "reinforce")
 _SHORTENED = {"sft": ["run.steps=60"], "reward": ["run.steps=40"], "reinforce": ["run.steps=8"]}
 _NEXT = """what to try next
-  rlhf train quickstart/reinforce run.name=no-kl kl.beta=0                        reward-model score up, gold down
+  rlhf train quickstart/reinforce run.name=no-kl kl.beta=0                        what the penalty is for
   rlhf train quickstart/reinforce run.name=no-baseline reinforce.baseline=none    the variance a baseline saves
   rlhf report runs/quickstart-reinforce runs/no-kl-reinforce                      both runs on one page"""
 

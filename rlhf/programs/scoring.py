@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from rlhf.data.examples import Preference
 from rlhf.interfaces import Collective, StatsRequest, TokenStats
 from rlhf.models.layout import plain_rows
 from rlhf.models.policy import token_stats
-from rlhf.models.scalar import scalar_scores
+from rlhf.models.scalar import scalar_stats
 from rlhf.objectives.supervised import PairBatch
 from rlhf.programs.measure import global_means
 from rlhf.programs.streams import pair_batch
@@ -61,12 +62,7 @@ def pairwise_accuracy(
     if not pairs:
         return {}
     batch = pair_batch(own_part(pairs, runtime), tokenizer).to(runtime.device)
-
-    def forward(part: TokenBatch) -> TokenStats:
-        scores = scalar_scores(model, plain_rows(part))
-        return TokenStats(logprobs=scores.new_zeros(0), scores=scores)
-
-    found = microbatches.score(batch, forward, budget_tokens, runtime)
+    found = microbatches.score(batch, partial(scalar_stats, model), budget_tokens, runtime)
     metrics = pair_metrics(batch, found, runtime)
     return {f"eval/{name.split('/')[1]}": value for name, value in metrics.items()}
 
@@ -77,12 +73,7 @@ def mean_score(
     """Mean score of given completions: what centring subtracts."""
     mine = own_part(rows, runtime)
     batch = TokenBatch.from_ids([row[0] for row in mine], [row[1] for row in mine]).to(runtime.device)
-
-    def forward(part: TokenBatch) -> TokenStats:
-        scores = scalar_scores(model, plain_rows(part))
-        return TokenStats(logprobs=scores.new_zeros(0), scores=scores)
-
-    found = microbatches.score(batch, forward, budget_tokens, runtime)
+    found = microbatches.score(batch, partial(scalar_stats, model), budget_tokens, runtime)
     assert found.scores is not None
     count = torch.tensor(float(len(mine)), device=runtime.device)
     return global_means({"mean": (found.scores.sum(), count)}, runtime)["mean"]

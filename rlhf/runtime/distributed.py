@@ -224,7 +224,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return cast(nn.Module, model.module) if hasattr(model, "module") else model
 
 
-def auto_dtype(name: str, *, deepspeed: bool | None = None) -> torch.dtype:
+def auto_dtype(name: str) -> torch.dtype:
     """``auto``: bfloat16 where the hardware computes in it (CUDA sm80+), else float32; a name is taken as it is."""
     if name != "auto":
         return cast(torch.dtype, getattr(torch, name))

@@ -51,6 +51,7 @@ def test_two_ranks_take_the_step_of_one(kind: str, single: tuple[Path, str], tmp
     assert (got / "kind").read_text() == f"{kind} 2"
     one, two = load_file(alone / "facts.safetensors"), load_file(got / "facts.safetensors")
     assert torch.equal(one["lr"], two["lr"])
+    assert bool((two["microbatches"] == 2).all())  # rank 0 needs one of its own; the other is a filler
     # after one step Adam's first moment is (1 − β₁) times the clipped gradient: the gradient itself, every layout
     gradient = vector(alone / "step1.safetensors", ".exp_avg")
     drift = vector(got / "step1.safetensors", ".exp_avg") - gradient
