@@ -1,9 +1,15 @@
-"""Where the shipped recipes and accelerate configurations lie: in a clone, an editable install or a wheel. No torch."""
+"""What a name means: shipped recipes and accelerate configurations (in a clone, an editable install or a wheel), and
+code named ``package.module:attribute``. No torch."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rlhf.errors import UserError
 
@@ -64,3 +70,33 @@ def _find(given: str, shipped: dict[str, Path], what: str, more: str) -> Path:
     near = difflib.get_close_matches(bare, shipped, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(shipped) or 'none'} ({more})"
     raise UserError(f"{given}: no such {what} file, and none is shipped under that name; {hint}")
+
+
+def named_code(call: str, what: str) -> Callable[..., Any]:
+    """The function or class named ``package.module:attribute``; modules of the working directory are found too.
+
+    ``what`` starts the messages: ``reward function``, ``data.*.path``. Raises UserError that says which part of the
+    name is wrong.
+    """
+    module_name, colon, path = call.partition(":")
+    if not (module_name and colon and path):
+        raise UserError(f"{what} {call!r} is not of the form package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"{what} {call}: module {module_name} cannot be imported ({error}); install it, or start the run in the "
+            "folder that holds it"
+        ) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            close = difflib.get_close_matches(part, [name for name in dir(found) if not name.startswith("_")], n=1)
+            raise UserError(
+                f"{what} {call}: {module_name} has no {part!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"{what} {call} is {found!r:.60} ({type(found).__name__}), which cannot be called")
+    return found  # type: ignore[no-any-return]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from functools import partial
 from typing import Any, cast
@@ -11,8 +10,8 @@ import torch
 
 from rlhf.assemble import data, models
 from rlhf.assemble.job import Job
-from rlhf.errors import UserError
 from rlhf.interfaces import PolicyObjective
+from rlhf.locate import named_code
 from rlhf.models.chat import stop_ids
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import AdapterOffReference, Reference
@@ -24,7 +23,7 @@ from rlhf.programs.evaluation import Evaluation
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
 from rlhf.rewards.combine import RewardSet
-from rlhf.rewards.functions import FunctionReward, load_function
+from rlhf.rewards.functions import FunctionReward
 from rlhf.rewards.model import load_reward_model
 from rlhf.rollout import Prompt
 from rlhf.runtime import distributed
@@ -45,14 +44,7 @@ def objective(recipe: Recipe) -> PolicyObjective:
             loss_estimator=recipe.kl.loss_estimator,
             temperature=recipe.rollout.temperature,
         )
-    module, _, name = recipe.objective.partition(":")
-    try:
-        outside = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"objective={recipe.objective}: cannot be imported ({error}); set it to module:Class"
-        ) from error
-    return cast(PolicyObjective, outside(recipe))
+    return cast(PolicyObjective, named_code(recipe.objective, "objective")(recipe))
 
 
 def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
@@ -72,7 +64,10 @@ def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
     ]
     functions = [
         FunctionReward(
-            name=entry.call.partition(":")[2], function=load_function(entry.call), weight=entry.weight, max_steps=steps
+            name=entry.call.partition(":")[2],
+            function=named_code(entry.call, "reward function"),
+            weight=entry.weight,
+            max_steps=steps,
         )
         for entry in settings.functions
     ]
@@ -130,7 +125,7 @@ def build(recipe: Recipe, session: Session) -> Job:
         prompts=streams.ShuffledPrompts(
             prompts=train_prompts, per_step=recipe.batch.prompts_per_step, seed=recipe.run.seed, own=own
         ),
-        instruction=_instruction(recipe, runtime, mixed),
+        instruction=_instruction(recipe, runtime, anchor, mixed),
         evaluation=Evaluation(
             session=session,
             prompts=held_out,
@@ -163,7 +158,7 @@ def _instruction_rows(recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], l
 
 
 def _instruction(
-    recipe: Recipe, runtime: Runtime, rows: list[tuple[list[int], list[int]]]
+    recipe: Recipe, runtime: Runtime, reference: Reference, rows: list[tuple[list[int], list[int]]]
 ) -> streams.InstructionTerms | None:
     """As many gold rows a step as there are prompts."""
     if not rows:
@@ -176,5 +171,7 @@ def _instruction(
         batches=batches,
         objective=Demonstrations(name="instruction", per="completion"),
         coefficient=recipe.instruction.coefficient,
-        device=runtime.device,
+        reference=reference,
+        microbatch_tokens=recipe.batch.microbatch_tokens,
+        runtime=runtime,
     )

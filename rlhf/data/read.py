@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rlhf.data.dropped import Dropped
 from rlhf.errors import UserError
+from rlhf.locate import named_code
 
 Row = dict[str, Any]
 
@@ -145,7 +145,7 @@ def _hub_rows(path: str, split: str) -> Iterable[Any]:
 
 
 def _call(path: str, split: str, seed: int) -> Iterable[Any]:
-    function = _resolve(path)
+    function = named_code(path, "data.*.path")
     accepted = inspect.signature(function).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     given = {"seed": seed, "split": split}
@@ -153,19 +153,6 @@ def _call(path: str, split: str, seed: int) -> Iterable[Any]:
     if isinstance(rows, Mapping | str) or not isinstance(rows, Iterable):
         raise UserError(f"{path} returned {type(rows).__name__}; a data function returns a list of rows (dicts)")
     return rows
-
-
-def _resolve(path: str) -> Callable[..., Any]:
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{path}: module {module_name} cannot be imported ({error}); check data.*.path") from error
-    function: Callable[..., Any] | None = getattr(module, name, None)
-    if function is None or not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{path}: {module_name} has no function {name!r}{_did_you_mean(name, known)}")
-    return function
 
 
 def _looks_local(path: str) -> bool:

@@ -18,7 +18,7 @@ from rlhf.programs import measure
 from rlhf.programs.evaluation import Evaluation, sample_rows
 from rlhf.programs.session import Session
 from rlhf.rewards.combine import RewardSet
-from rlhf.rollout import Prompt, Rollout
+from rlhf.rollout import Prompt, Rollout, TokenBatch
 from rlhf.runtime import microbatches
 from rlhf.runtime.distributed import unwrap
 from rlhf.runtime.updater import Term, Updater, UpdateReport
@@ -32,6 +32,9 @@ class PromptStream(Protocol):
 class InstructionStream(Protocol):
     def at(self, step: int) -> Term:
         """This rank's gold completions of a step, as a term of the loss."""
+
+    def metrics(self, batch: TokenBatch, stats: TokenStats) -> dict[str, float]:
+        """What the update's forward says of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +73,8 @@ def train(run: PolicyRun, state: TrainState) -> TrainState:
         with clock("update"):
             report = run.updater.step(terms(run, rollout, step), state.optimizer_step + 1)
         state = advance(state, rollout, report, step, session)
-        session.log(step, {**step_metrics(run, rollout, report), **clock.metrics(*totals(rollout, session))})
-        session.samples(step, partial(sample_rows, rollout, report.stats, run.samples_logged))
+        session.log(step, {**step_metrics(run, rollout, report, step), **clock.metrics(*totals(rollout, session))})
+        session.samples(step, partial(sample_rows, rollout, report.stats[0], run.samples_logged))
         run.evaluation.maybe(run.model, step)
         session.guard.check(step, applied=report.applied)
         session.checkpoint(step, state, run.model, run.updater.optimizer, last=step == run.steps)
@@ -111,9 +114,9 @@ def fill_needs(run: PolicyRun, rollout: Rollout, prompts: Sequence[Prompt], slot
     return rollout
 
 
-def scored(run: PolicyRun, rollout: Rollout, forward: Callable[[Rollout], TokenStats]) -> TokenStats:
-    """Statistics of the whole rollout without gradient, in the update's own microbatches."""
-    return microbatches.score(rollout, forward, run.updater.microbatch_tokens, run.session.runtime)  # type: ignore[arg-type]
+def scored(run: PolicyRun, batch: TokenBatch, forward: Callable[[TokenBatch], TokenStats]) -> TokenStats:
+    """Statistics of the whole batch without gradient, in the update's own microbatches."""
+    return microbatches.score(batch, forward, run.updater.microbatch_tokens, run.session.runtime)
 
 
 def advance(state: TrainState, rollout: Rollout, report: UpdateReport, step: int, session: Session) -> TrainState:
@@ -134,10 +137,12 @@ def totals(rollout: Rollout, session: Session) -> tuple[int, int]:
     return int(completions), int(tokens)
 
 
-def step_metrics(run: PolicyRun, rollout: Rollout, report: UpdateReport) -> dict[str, float]:
-    metrics = measure.rollout_metrics(rollout, report.stats, run.beta, run.session.runtime)
+def step_metrics(run: PolicyRun, rollout: Rollout, report: UpdateReport, step: int) -> dict[str, float]:
+    on_rollout, *mixed = report.stats
+    kept = run.instruction.metrics(run.instruction.at(step).batch, *mixed) if run.instruction is not None else {}
     return {
-        **metrics,
+        **measure.rollout_metrics(rollout, on_rollout, run.beta, run.session.runtime),
+        **kept,
         **measure.update_metrics(report, run.updater.max_grad_norm),
         **run.rewards.metrics(rollout, run.session.runtime),
     }

@@ -10,9 +10,15 @@ import torch
 
 from rlhf.data.examples import Demonstration, Preference
 from rlhf.data.order import positions
+from rlhf.interfaces import TokenStats
 from rlhf.models.chat import render_completion, render_prompt
+from rlhf.models.layout import plain_rows
+from rlhf.models.reference import Reference
 from rlhf.objectives.supervised import Demonstrations, PairBatch
+from rlhf.programs.measure import global_means
 from rlhf.rollout import Prompt, TokenBatch
+from rlhf.runtime import microbatches
+from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import Term
 
 
@@ -56,16 +62,32 @@ class ShuffledDemonstrations:
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionTerms:
-    """Gold instruction completions mixed into every policy update."""
+    """Gold instruction completions mixed into every policy update, and what is forgotten of them."""
 
     batches: ShuffledDemonstrations
     objective: Demonstrations
     coefficient: float
-    device: torch.device
+    reference: Reference
+    microbatch_tokens: int
+    runtime: Runtime
 
     def at(self, step: int) -> Term:
-        batch = self.batches.at(step).to(self.device)
+        batch = self.batches.at(step).to(self.runtime.device)
         return Term(objective=self.objective, batch=batch, coefficient=self.coefficient)
+
+    def metrics(self, batch: TokenBatch, stats: TokenStats) -> dict[str, float]:
+        """``kl/instruction`` = E_data[log π_ref(y|x) − log π(y|x)], nats a row at temperature 1; one reference forward.
+
+        Up to a constant the forward KL(data‖π): 0 while the policy is the reference, rising as it forgets the data.
+        """
+
+        def forward(part: TokenBatch) -> TokenStats:
+            return self.reference.stats(plain_rows(part), self.objective.request)
+
+        known = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime).logprobs
+        counted = batch.completion_mask & batch.valid[:, None]
+        lost = torch.where(counted, known - stats.logprobs, 0.0).sum()
+        return global_means({"kl/instruction": (lost, batch.valid.sum())}, self.runtime)
 
 
 def pair_batch(pairs: Sequence[Preference], tokenizer: Any) -> PairBatch:

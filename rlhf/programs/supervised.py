@@ -61,4 +61,4 @@ def train(run: SupervisedRun, state: TrainState) -> TrainState:
 
 
 def _metrics(run: SupervisedRun, batch: TokenBatch, report: UpdateReport) -> dict[str, float]:
-    return {**measure.update_metrics(report, run.updater.max_grad_norm), **run.batch_metrics(batch, report.stats)}
+    return {**measure.update_metrics(report, run.updater.max_grad_norm), **run.batch_metrics(batch, report.stats[0])}

@@ -9,12 +9,8 @@ data rows as a list. It returns one number per row, or None for a row it cannot 
 from __future__ import annotations
 
 import asyncio
-import difflib
-import importlib
 import inspect
 import math
-import os
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,36 +162,6 @@ def checked_scores(name: str, returned: Any, rows: int) -> list[float]:
         if number is None:
             raise UserError(f"reward function {name} returned {_shown(values[row])} for row {row}; {advice}")
     return [number for number in numbers if number is not None]
-
-
-def load_function(call: str) -> RewardFunction:
-    """The function named ``package.module:function``; modules of the working directory are found too.
-
-    Raises UserError that says which part of the name is wrong.
-    """
-    module_name, colon, path = call.partition(":")
-    if not (module_name and colon and path):
-        raise UserError(f"reward function {call!r} is not of the form package.module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"reward function {call}: module {module_name} cannot be imported ({error}); install it, or start the run "
-            "in the folder that holds it"
-        ) from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), n=1)
-            raise UserError(
-                f"reward function {call}: {module_name} has no {part!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"reward function {call} is {_shown(found)}, which cannot be called; name a function")
-    return found  # type: ignore[no-any-return]
 
 
 def _number(value: Any) -> float | None:

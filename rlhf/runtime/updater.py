@@ -58,14 +58,14 @@ class Term:
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
     """What a step did. losses: global means by name. grad_norm: before clipping, over all ranks. stats: the forward's
-    detached statistics of the first term's batch, in its row order. applied: False where the step was skipped."""
+    detached statistics of every term's batch, in its row order. applied: False where the step was skipped."""
 
     losses: dict[str, float]
     grad_norm: float
     lr: float
     applied: bool
     microbatches: int
-    stats: TokenStats
+    stats: tuple[TokenStats, ...]
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,17 @@ class Updater:
             group["lr"] = lr
         losses: dict[str, Tensor] = {}
         work = [(term, self._count(term), split(term.batch, self.microbatch_tokens, self.runtime)) for term in terms]
-        collected = Collected(len(terms[0].batch), terms[0].batch.completion_ids.shape[1])
+        collected = [Collected(len(term.batch), term.batch.completion_ids.shape[1]) for term in terms]
         last = sum(len(cuts) for _, _, cuts in work) - 1
         done = 0
         self.model.train()
-        for index, (term, count, cuts) in enumerate(work):
+        for (term, count, cuts), kept in zip(work, collected, strict=True):
             for microbatch in cuts:
                 with self._sync(done == last):
                     sums, stats = self._forward_backward(term, microbatch, count)
                 done += 1
                 _add(losses, sums, count)
-                if index == 0:
-                    collected.add(microbatch, stats)
+                kept.add(microbatch, stats)
         norm, applied = self._apply()
         totals = self.runtime.sum(torch.stack(list(losses.values()))).tolist()
         return UpdateReport(
@@ -111,7 +110,7 @@ class Updater:
             lr=lr,
             applied=applied,
             microbatches=done,
-            stats=collected.stats(),
+            stats=tuple(kept.stats() for kept in collected),
         )
 
     def _count(self, term: Term) -> Tensor:

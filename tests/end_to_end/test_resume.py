@@ -55,6 +55,12 @@ def final(folder: Path) -> tuple[str, list[tuple[int, float]]]:
     return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest(), rewards
 
 
+def steps_seconds(folder: Path) -> float:
+    """How long the steps of a finished run took, without its start."""
+    lines = (folder / "runs" / "kill-reinforce" / "metrics.jsonl").read_text().splitlines()
+    return sum(json.loads(line).get("time/step_seconds", 0.0) for line in lines)
+
+
 def killed(folder: Path, kills: int, longest: float, draw: random.Random) -> int:
     """Kills the run ``kills`` times at random moments, then lets it finish. Returns how many kills hit it alive."""
     hits = 0
@@ -77,7 +83,9 @@ def _compare(tmp_path: Path, kills: int, seed: int, steps: int = 8) -> int:
     assert start(whole).wait(timeout=300) == 0, (whole / "log").read_text()[-3000:]
     longest = time.monotonic() - began
     broken = folder_with_recipe(tmp_path / "broken", steps)
-    hits = killed(broken, kills, 0.6 * longest, random.Random(seed))  # every life shorter than the whole run
+    # a life may end anywhere from its start to a twentieth of the steps, so that ten of them do not finish the run
+    training = steps_seconds(whole)
+    hits = killed(broken, kills, longest - 0.95 * training, random.Random(seed))
     assert final(broken) == final(whole)
     return hits
 

@@ -186,8 +186,8 @@ def test_one_update_moves_every_weight(family: str, objective: Reinforce) -> Non
     report = updater(model, reference, budget=10_000).step(
         [Term(objective=objective, batch=prepared(scored, objective))], 1
     )
-    known = scored.ref_logprobs if report.stats.ref_logprobs is None else report.stats.ref_logprobs
-    assert report.applied and torch.equal(report.stats.logprobs, known)  # KL 0, to the last bit, before the update
+    known = scored.ref_logprobs if report.stats[0].ref_logprobs is None else report.stats[0].ref_logprobs
+    assert report.applied and torch.equal(report.stats[0].logprobs, known)  # KL 0, to the last bit, before the update
     still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert still == []
 

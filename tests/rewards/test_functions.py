@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sys
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.rewards.functions import FunctionReward, TrainerState, checked_scores, load_function
+from rlhf.rewards.functions import FunctionReward, TrainerState, checked_scores
 from rlhf.rollout import Prompt, Rollout, Turn
 
 CHAT = Prompt(row_id=0, turns=(Turn(role="user", content="Hi"),), columns={"answer": 4, "topic": "sums"})
@@ -199,28 +197,3 @@ def test_wrong_log_calls_are_refused() -> None:
         FunctionReward("f", extra).score(rollout(CHAT, PLAIN), 1)
     with pytest.raises(UserError, match=r"log_metric\('name', …\) got 'high' \(str\)"):
         FunctionReward("f", metric).score(rollout(CHAT, PLAIN), 1)
-
-
-def test_functions_are_loaded_by_name_also_from_the_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my_own_rewards.py").write_text("def short(completions, **kwargs):\n    return [0.0]\n\nLIMIT = 3\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_function("my_own_rewards:short")(completions=[""]) == [0.0]
-    with pytest.raises(UserError, match=r"my_own_rewards has no 'shrot'; did you mean 'short'\?"):
-        load_function("my_own_rewards:shrot")
-    with pytest.raises(UserError, match=r"is 3 \(int\), which cannot be called"):
-        load_function("my_own_rewards:LIMIT")
-
-
-@pytest.mark.parametrize("call", ["", "module", "module:", ":function", "module.function"])
-def test_names_of_another_form_are_refused(call: str) -> None:
-    with pytest.raises(UserError, match=r"is not of the form package\.module:function"):
-        load_function(call)
-
-
-def test_a_missing_module_says_so_in_one_line() -> None:
-    with pytest.raises(UserError, match=r"module no_such_module_here cannot be imported \(No module named") as info:
-        load_function("no_such_module_here:function")
-    assert "\n" not in str(info.value)

@@ -145,10 +145,10 @@ def test_kl_is_exactly_zero_before_the_first_update(objective: Reinforce) -> Non
     rollout = fixed_rollout(rewards=torch.ones(16))
     rollout = prepared(with_reference(rollout, reference), objective)
     report = updater(model, reference).step([Term(objective=objective, batch=rollout)], 1)
-    known = report.stats.ref_logprobs if report.stats.ref_logprobs is not None else rollout.ref_logprobs
-    assert torch.equal(report.stats.logprobs, known)
-    if report.stats.kl is not None:
-        assert bool((report.stats.kl == 0).all())
+    known = report.stats[0].ref_logprobs if report.stats[0].ref_logprobs is not None else rollout.ref_logprobs
+    assert torch.equal(report.stats[0].logprobs, known)
+    if report.stats[0].kl is not None:
+        assert bool((report.stats[0].kl == 0).all())
     assert report.grad_norm <= 1e-6  # the exact KL's gradient at 0 is rounding noise, π·(0 − 0) summed over V
 
 
@@ -180,7 +180,7 @@ def test_statistics_come_back_in_row_order() -> None:
     rollout = prepared(with_reference(fixed_rollout(), reference), EXACT)
     direct = token_stats(model, plain_rows(rollout), StatsRequest(entropy=True)).logprobs.detach()
     report = updater(model, reference, budget=1).step([Term(objective=EXACT, batch=rollout)], 1)
-    torch.testing.assert_close(report.stats.logprobs, direct, atol=2e-6, rtol=0)
+    torch.testing.assert_close(report.stats[0].logprobs, direct, atol=2e-6, rtol=0)
 
 
 def test_trust_in_the_support() -> None:
