@@ -27,7 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Written in more than one place, or put together from a name: the files whose string literals are metrics.
 METRIC_SOURCES = (
-    *(f"rlhf/programs/{name}.py" for name in ("measure", "evaluation", "scoring", "policy", "supervised")),
+    *(f"rlhf/programs/{name}.py" for name in ("measure", "evaluation", "scoring", "streams", "policy", "supervised")),
     *("rlhf/rewards/combine.py", "rlhf/assemble/supervised.py"),
 )
 _METRIC = re.compile(
