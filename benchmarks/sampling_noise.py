@@ -13,17 +13,13 @@ Three decodes of the same prompts, interleaved (shared machines drift by far mor
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import record
 import torch
 from transformers import GenerationConfig
 
@@ -34,7 +30,6 @@ from rlhf.sampling import hf, noise
 from rlhf.sampling.hf import HFSampler
 
 VOCAB, HIDDEN, LAYERS = 4096, 128, 4
-RESULTS = Path(__file__).parent / "results" / "sampling_noise.json"
 
 
 class Stopwatch:
@@ -101,20 +96,6 @@ def stock(model: Any, tokenizer: Any, prompts: list[Prompt], dtype: torch.dtype,
     model.generation_config = kept
 
 
-def hardware() -> str:
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{len(names) or '?'} x {names[0] if names else platform.processor()}, torch {torch.__version__}"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
@@ -135,18 +116,12 @@ def main() -> None:
                 times = f"{row['sample_ms']:6.2f} {row['greedy_ms']:6.2f} {row['stock_ms']:6.2f}"
                 shares = f"{row['noise_share']:6.1%} {row['choice_share']:6.1%}"
                 print(f"{threads:7d} {rows:4d} {name:9s} {times} {shares}", flush=True)
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "commit": _commit(),
+    settings = {
         "model": f"gemma, hidden {HIDDEN}, {LAYERS} layers, vocabulary {VOCAB}",
         "rounds": arguments.rounds,
         "tokens": arguments.tokens,
-        "rows": table,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {RESULTS}")
+    record.write("sampling_noise", settings, table)
 
 
 if __name__ == "__main__":
