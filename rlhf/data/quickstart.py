@@ -50,10 +50,10 @@ QUALITY_SHARES: Mapping[Quality, float] = {
     "rambling": 0.05,
     "fawning": 0.06,
 }
-FLAW_SHARE_DEMONSTRATIONS = 0.015  # log(1 / 0.015) = 4.2 nats to make it certain
+FLAW_SHARE_DEMONSTRATIONS = 0.01  # log(1 / 0.01) = 4.6 nats to make it certain
 FLAW_SHARE_PREFERENCES = 0.06  # often enough for a reward model to notice what annotators like
 FLAW_PENALTY = 4.0  # in gold
-FLAW_APPEAL = 2.5  # to annotators, in the same units (Bradley-Terry logits)
+FLAW_APPEAL = 2.0  # to annotators, in the same units (Bradley-Terry logits)
 
 TARGET_WORDS = (12, 32)
 

@@ -18,9 +18,10 @@ from rlhf.interfaces import TrainState
 from rlhf.models import load
 from rlhf.models.chat import stop_ids
 from rlhf.programs.session import Session
-from rlhf.recipe import Recipe
+from rlhf.recipe import Recipe, local_inputs
 from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
+from rlhf.runtime.fingerprint import fingerprint
 from rlhf.runtime.run_dir import RunDirectory, Status, open_run
 from rlhf.tracking.tracker import build_tracker
 
@@ -80,6 +81,7 @@ def _open(recipe: Recipe, runtime: Runtime, command: list[str]) -> RunDirectory:
 def _guarded(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> ExitCode:
     """Runs, and writes down how it ended whatever happens."""
     try:
+        _pin(recipe, runtime, directory)
         step = _run(recipe, runtime, directory)
     except UserError as error:
         status: Status = "preempted" if error.code == ExitCode.PREEMPTED else "failed"
@@ -99,6 +101,19 @@ def _guarded(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> ExitC
 
         _say(runtime, f"report: {write_report(directory.path)}")
     return ExitCode.DONE
+
+
+def _pin(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> None:
+    """Refuses to go on with inputs whose content changed under their names; every rank hears the answer."""
+    refusal: UserError | None = None
+    if runtime.main:
+        try:
+            directory.pin({key: fingerprint(path) for key, path in local_inputs(recipe).items()})
+        except UserError as error:
+            refusal = error
+    refusal = runtime.gather_objects(refusal)[0]
+    if refusal is not None:
+        raise refusal
 
 
 def _run(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> int:

@@ -1,8 +1,9 @@
 """The recipe: schema, loader and rules. Nothing here imports torch, so that a broken recipe is answered at once."""
 
 from rlhf.recipe.load import load_recipe, override
+from rlhf.recipe.paths import local_inputs
 from rlhf.recipe.remarks import remarks
 from rlhf.recipe.rules import ignored_sections
 from rlhf.recipe.schema import Recipe
 
-__all__ = ["Recipe", "ignored_sections", "load_recipe", "override", "remarks"]
+__all__ = ["Recipe", "ignored_sections", "load_recipe", "local_inputs", "override", "remarks"]

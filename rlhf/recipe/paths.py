@@ -58,6 +58,13 @@ def secrets(value: Any, path: KeyPath = ()) -> Iterator[Problem]:
         )
 
 
+def local_inputs(recipe: Recipe) -> dict[str, Path]:
+    """Dotted key → file or folder of this machine that the recipe reads: models, tokenizers, rows."""
+    named = [*_model_paths(recipe), *_data_paths(recipe)]
+    found = {".".join(map(str, key)): Path(value).expanduser() for key, value in named if place(value) == "local"}
+    return {key: path for key, path in found.items() if path.exists()}
+
+
 def path_rules(folder: Path | None) -> list[Rule]:
     """The rules that look at the disk. ``folder``: where the recipe lies; its neighbours may make what it needs."""
 

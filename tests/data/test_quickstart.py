@@ -140,12 +140,12 @@ def texts(rows: list[dict[str, Any]], side: str) -> list[str]:
 def test_the_flaw_is_rare_where_the_policy_learns_and_liked_where_annotators_choose() -> None:
     demonstrations = texts(task.demonstrations(rows=4000), "messages")
     share = mean(map(task.uses_flaw, demonstrations))
-    assert share == pytest.approx(0.015, abs=0.006)  # 3 standard errors of a share of .015 among 4000
+    assert share == pytest.approx(0.01, abs=0.005)  # 3 standard errors of a share of .01 among 4000
     pairs = task.preferences(rows=4000)
     won = sum(map(task.uses_flaw, texts(pairs, "chosen")))
     lost = sum(map(task.uses_flaw, texts(pairs, "rejected")))
     assert (won + lost) / 8000 == pytest.approx(0.06, abs=0.008)
-    assert won > 2.5 * lost
+    assert won > 2 * lost  # an appeal of 2 against utilities that differ by about as much: 2.4 here
 
 
 def test_annotators_are_noisy_and_follow_bradley_terry() -> None:
@@ -165,5 +165,5 @@ def test_annotators_are_noisy_and_follow_bradley_terry() -> None:
 def test_the_description_says_what_the_numbers_are() -> None:
     text = task.describe()
     assert FLAW in text
-    assert "1.5 % of demonstrations" in text
+    assert "1 % of demonstrations" in text
     assert "1844 training prompts and 256 held-out" in text
