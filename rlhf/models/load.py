@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,17 +41,20 @@ def load_tokenizer(path: str) -> Any:
 def load_causal_lm(path: str, *, attention: str = "auto", what: str = "policy.path") -> nn.Module:
     """A causal LM in float32. The type its weights were stored in is kept as ``model.stored_dtype``.
 
+    A folder that holds an adapter (``final/`` of a LoRA run) gives its base model with the adapter added to it.
     Raises UserError where the folder or id cannot be loaded or leaves weights uninitialised.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    base = _base_of_adapter(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(base or path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **kwargs
+            base or path, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **kwargs
         )
         model, info = loaded
+        model = _with_adapter(model, path) if base is not None else model
     except (OSError, ValueError) as error:
         raise UserError(f"{what}={path}: no causal language model could be loaded ({_first_line(error)})") from error
     if info["missing_keys"]:
@@ -58,6 +62,26 @@ def load_causal_lm(path: str, *, attention: str = "auto", what: str = "policy.pa
         raise UserError(f"{what}={path}: the checkpoint lacks weights ({missing}); they would be random")
     model.stored_dtype = getattr(config, "dtype", None) or torch.float32
     return cast(nn.Module, model)
+
+
+def _base_of_adapter(path: str) -> str | None:
+    """What the adapter in this folder belongs to; None where the folder holds no adapter alone."""
+    folder = Path(path)
+    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
+        return None
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return cast(str, settings["base_model_name_or_path"])
+
+
+def _with_adapter(model: nn.Module, folder: str) -> Any:
+    """The base model with the folder's adapter merged into its weights, and the folder's stop ids."""
+    from peft import PeftModel
+    from transformers import GenerationConfig
+
+    merged: Any = PeftModel.from_pretrained(cast(Any, model), folder).merge_and_unload().requires_grad_(True)
+    if (Path(folder) / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(folder)
+    return merged
 
 
 def load_classifier(path: str, seed: int, *, attention: str = "auto") -> nn.Module:
@@ -93,7 +117,10 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def add_lora(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
-    """Wraps the model with a trainable adapter that starts as the identity (B = 0). Dropout stays off."""
+    """Wraps the model with a trainable adapter that starts as the identity (B = 0). Dropout stays off.
+
+    Raises UserError where ``spec.targets`` are no linear layers of the model.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets: Any = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
@@ -102,7 +129,10 @@ def add_lora(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cast(nn.Module, get_peft_model(cast(Any, model), config))
+        try:
+            return cast(nn.Module, get_peft_model(cast(Any, model), config))
+        except ValueError as error:  # peft's own kinds are ValueErrors too
+            raise UserError(f"policy.lora.targets={spec.targets}: {_first_line(error)}") from error
 
 
 def export(model: nn.Module, tokenizer: Any, folder: Path, *, stop_ids: Sequence[int], card: str) -> None:
@@ -116,11 +146,24 @@ def export(model: nn.Module, tokenizer: Any, folder: Path, *, stop_ids: Sequence
     if generation is not None and stop_ids:
         generation.eos_token_id = list(stop_ids)
     cast(Any, model).save_pretrained(staging, state_dict=_stored(model))
+    if hasattr(model, "peft_config"):
+        _complete_adapter(model, staging)
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     staging.rename(folder)
+
+
+def _complete_adapter(model: Any, folder: Path) -> None:
+    """What an adapter's folder needs to be found and sampled from anywhere: where its base lies, and the stop ids."""
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    base = Path(settings["base_model_name_or_path"])
+    if base.exists():
+        settings["base_model_name_or_path"] = str(base.resolve())
+    file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    model.generation_config.save_pretrained(folder)
 
 
 def _stored(model: nn.Module) -> dict[str, torch.Tensor]:

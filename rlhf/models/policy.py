@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rlhf.errors import UserError
 from rlhf.interfaces import StatsRequest, TokenStats
 from rlhf.models.head import CHUNK_BYTES, ChunkedHead, PositionStats, ReferenceStates
 from rlhf.models.layout import Rows
@@ -26,6 +27,8 @@ class ScoredModel(nn.Module):
         self.causal_lm = causal_lm
         self.compute_dtype = compute_dtype
         inner = self._inner()
+        if hasattr(inner.lm_head, "lora_A"):
+            raise UserError("policy.lora.targets names the output head, whose chunks are made of its weight alone")
         if not isinstance(inner.lm_head, ChunkedHead):
             text_config = inner.config.get_text_config()
             inner.lm_head = ChunkedHead(

@@ -9,6 +9,7 @@ a separate old-logprob pass unnecessary: KL terms need only their own group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -49,7 +50,10 @@ class Reinforce:
     def needs(self) -> frozenset[Need]:
         needs: set[Need] = {"scores"}
         # With beta 0 the reference is still scored: KL is what tells whether a run can be trusted.
-        needs.add("reference_distribution" if self.request.reference else "reference")
+        if self.request.reference:
+            needs.add("reference_distribution")
+        if not self.request.reference or self._penalizes_before_the_update:
+            needs.add("reference")
         if self.baseline == "greedy":
             needs.add("greedy")
         if self.baseline == "optimal_token":
@@ -65,6 +69,11 @@ class Reinforce:
     def penalizes_sequences(self) -> bool:
         """Whether the KL enters as one number a completion, so that the baseline acts on penalized rewards."""
         return self.estimator == "k1" and self.credit == "sequence"
+
+    @property
+    def _penalizes_before_the_update(self) -> bool:
+        """Whether ``prepare`` itself needs penalized rewards: the baseline does not split into score and KL."""
+        return self.beta > 0 and self.penalizes_sequences and self.baseline not in _LINEAR_IN_GROUP
 
     def count(self, batch: TokenBatch) -> Tensor:
         """Completions: the loss is a mean over them, with log π a sum over tokens."""
@@ -97,7 +106,7 @@ class Reinforce:
         and this one costs no forward. (Leave-one-out takes its KL part from the live logprobs instead, exactly.)
         """
         assert rollout.rewards is not None
-        if self.beta == 0 or not self.penalizes_sequences or self.baseline in _LINEAR_IN_GROUP:
+        if not self._penalizes_before_the_update:
             return rollout.rewards
         behaviour = rollout.old_logprobs if rollout.old_logprobs is not None else rollout.rollout_logprobs
         if behaviour is None or rollout.ref_logprobs is None:
@@ -111,7 +120,7 @@ class Reinforce:
         if self.baseline == "greedy":
             if rollout.greedy_rewards is None:
                 raise ValueError("baseline greedy needs greedy_rewards")
-            return baselines.greedy(rollout.greedy_rewards)
+            return everywhere.mine(baselines.greedy(everywhere.gather(rollout.greedy_rewards)))
         if self.baseline == "optimal_token":
             if rollout.score_norms is None:
                 raise ValueError("baseline optimal_token needs score_norms")
@@ -174,6 +183,7 @@ class _Everywhere:
     group: Tensor
     valid: Tensor
     own: slice
+    gather: Callable[[Tensor], Tensor]
 
     @classmethod
     def of(cls, rollout: Rollout, signal: Tensor, collective: Collective) -> _Everywhere:
@@ -183,6 +193,7 @@ class _Everywhere:
             group=collective.gather(rollout.group),
             valid=collective.gather(rollout.valid),
             own=slice(collective.rank * size, (collective.rank + 1) * size),
+            gather=collective.gather,
         )
 
     def mine(self, value: Tensor) -> Tensor:

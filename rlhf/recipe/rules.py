@@ -117,6 +117,16 @@ def adapters_need_a_base(recipe: Recipe) -> Iterator[Problem]:
 
 
 @rule
+def adapters_leave_the_head_alone(recipe: Recipe) -> Iterator[Problem]:
+    lora = recipe.policy.lora
+    if lora is not None and not isinstance(lora.targets, str) and any("lm_head" in name for name in lora.targets):
+        yield Problem(
+            ("policy", "lora", "targets"),
+            "lm_head gets no adapter: log-probabilities are made from its weight in chunks; leave it out",
+        )
+
+
+@rule
 def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
     if not reads(recipe, "reference"):
         return

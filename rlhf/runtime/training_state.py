@@ -48,6 +48,9 @@ def restore(runtime: Runtime, model: nn.Module, optimizer: Any, files: Mapping[s
         raise UserError(f"the checkpoint's weights are not this model's (first differences: {', '.join(odd)})")
     _ensure_moments(runtime, model)
     for name, parameter in _trained(model):
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 the own part is flat
+        if shape != tuple(weights[name].shape):
+            raise UserError(f"the checkpoint's {name} is {tuple(weights[name].shape)}, and this model's is {shape}")
         own = {key: moments[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in moments}
         _write(runtime, optimizer, parameter, weights[name], own)
     set_optimizer_step(optimizer, float(moments["step"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,3 +197,25 @@ def test_a_run_told_to_stop_goes_on_as_if_nothing_had_happened(recipe: str, sett
     assert [row["policy/loss"] for row in halved.metrics] == [row["policy/loss"] for row in whole.metrics]
     expected, found = whole.weights, halved.weights
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_final_of_a_lora_run_starts_the_next_run(recipe: str, sft: Path) -> None:
+    train(recipe, *LORA, name="first")
+    assert_sound(train(recipe, "policy.path=runs/first-reinforce/final", name="second"), sft)
+
+
+def test_exact_local_beside_k1_trains_with_a_baseline_of_penalized_rewards(recipe: str, sft: Path) -> None:
+    settings = ("kl.loss_beta=0.1", "kl.loss_estimator=exact_local", "reinforce.baseline=shrinkage")
+    assert_sound(train(recipe, *settings), sft)
+
+
+def test_a_changed_input_is_not_resumed(recipe: str, sft: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The policy's folder has other weights than when the run was started: its checkpoint is not a part of this run."""
+    shutil.copytree(sft, "policy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf.programs.launch._export", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        assert rlhf.train(recipe, "policy.path=./policy") == ExitCode.USER
+    config = Path("policy/config.json")
+    config.write_text(config.read_text() + " ", encoding="utf-8")
+    assert rlhf.train(recipe, "policy.path=./policy") == ExitCode.USER
+    assert "policy.path changed since runs/tiny-reinforce was started" in capsys.readouterr().err

@@ -278,3 +278,42 @@ def test_another_models_checkpoint_is_refused(base: str) -> None:
     ):
         with pytest.raises(UserError, match="not this model's"):
             training_state.restore(alone(), model, optimizer, content)
+
+
+def test_an_adapter_folder_is_an_input_from_anywhere(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative base path is made absolute, the stop ids travel along, and all merged weights can be trained on."""
+    monkeypatch.chdir(Path(base).parent)
+    trained = adapted("base")
+    rollout = fixed_rollout()
+    known = logprobs(trained, rollout)
+    export(trained.causal_lm, TOKENIZER, tmp_path / "final", stop_ids=(EOS_ID, END_OF_TURN_ID), card="")
+    monkeypatch.chdir("/")
+    again: Any = load_causal_lm(str(tmp_path / "final"))
+    assert again.generation_config.eos_token_id == [EOS_ID, END_OF_TURN_ID]
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    torch.testing.assert_close(logprobs(ScoredModel(again), rollout), known, atol=1e-5, rtol=0)  # W + BA, rounded once
+
+
+# peft's own warning about what is refused here
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_an_adapter_on_the_head_is_refused(base: str) -> None:
+    """``ChunkedHead`` reads the head's weight and would leave its adapter out without a word."""
+    with pytest.raises(UserError, match="output head"):
+        ScoredModel(add_lora(load_causal_lm(base), LoraSpec(r=4, alpha=8.0, targets=["q_proj", "lm_head"]), 0))
+
+
+def test_targets_that_are_no_layers_are_refused_by_name(base: str) -> None:
+    with pytest.raises(UserError, match=r"policy\.lora\.targets=\['no_such_module'\]"):
+        add_lora(load_causal_lm(base), LoraSpec(r=4, alpha=8.0, targets=["no_such_module"]), 0)
+
+
+def test_a_checkpoint_of_another_rank_is_refused(base: str) -> None:
+    """A rank-1 adapter would broadcast into one of rank 4."""
+    model = adapted(base)
+    trainer = adam(model)
+    content = training_state.collect(alone(), model, trainer.optimizer)
+    thin = {name: value[:1] if "lora_A" in name else value for name, value in content["model"].items()}
+    with pytest.raises(UserError, match=r"lora_A.*is \(1, 32\), and this model's is \(4, 32\)"):
+        training_state.restore(alone(), model, trainer.optimizer, {**content, "model": thin})

@@ -325,3 +325,10 @@ def test_a_penalty_without_reference_is_refused_and_none_is_not() -> None:
     with pytest.raises(ValueError, match="needs the reference's logprobs"):
         multipliers(Reinforce(beta=BETA), bare)
     assert multipliers(Reinforce(beta=0.0), bare) == spread([-3, -1.5, 4.5, -11, 11])
+
+
+@pytest.mark.parametrize("baseline", ["moving_average", "batch_mean", "shrinkage", "optimal_token"])
+def test_exact_local_beside_k1_needs_both_forms_of_the_reference(baseline: Any) -> None:
+    """``prepare`` penalizes rewards for these baselines by logprobs; the loss-side KL wants the distribution."""
+    objective = Reinforce(beta=0.1, baseline=baseline, loss_beta=0.1, loss_estimator="exact_local")
+    assert {"reference", "reference_distribution"} <= objective.needs

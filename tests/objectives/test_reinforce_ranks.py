@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Barrier
 from typing import Any
 
@@ -85,3 +85,14 @@ def test_ranks_that_see_only_their_own_rows_would_differ() -> None:
     objective = Reinforce(beta=0.0, baseline="batch_mean")
     apart = [advantages(objective, eight_rows().select(rows)) for rows in (range(4), range(4, 8))]
     assert apart[0] + apart[1] != advantages(objective, eight_rows())
+
+
+def test_greedy_rewards_that_are_missing_are_filled_from_all_ranks() -> None:
+    """The mean of the scorable ones, (2·2 + 3·2 + 4·2)/6 = 3, on whichever rank they are; rank 1 alone would say 4."""
+    rollout = replace(eight_rows(), greedy_rewards=torch.tensor([2.0, 2, 3, 3, 4, 4, torch.nan, torch.nan]))
+    objective = Reinforce(beta=0.0, baseline="greedy")
+    whole = objective.prepare(rollout, TrainState(), Alone())[0]
+    halves = on_ranks(objective, [rollout.select(range(4)), rollout.select(range(4, 8))], TrainState())
+    assert whole.baseline is not None and whole.baseline.tolist() == [2, 2, 3, 3, 4, 4, 3, 3]
+    parts = [part.baseline for part, _ in halves if part.baseline is not None]
+    assert torch.cat(parts).tolist() == whole.baseline.tolist()
