@@ -4,7 +4,7 @@
 
 Each seed trains its own SFT model and reward model, then REINFORCE with the recipe's `kl.beta` and once more with 0, in
 a folder of its own; a finished run is not run again. Held-out figures are paired differences over the 256 prompts (the
-same sampling noise before and after). Writes results/quickstart.json and, of the first seed, docs/images/quickstart.png.
+same sampling noise before and after). Writes results/quickstart.json and of the first seed docs/images/quickstart.png.
 
 Exits with 1 where, on any seed, gold does not rise by more than five standard errors, or the run without penalty does
 not end with a higher reward and a lower gold score than the recipe's run.
