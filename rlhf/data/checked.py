@@ -42,16 +42,20 @@ def flaw(value: Any) -> str | None:
 
 
 def _flaw(value: Any) -> str | None:
-    if isinstance(value, str):
+    kind = type(value)  # exact types first: this sees every value of every row
+    if kind is str:
         return _flaw_of_text(value)
-    if isinstance(value, float):
+    if kind is float:
         return None if value - value == 0.0 else "NaN or Infinity in the row"
-    if isinstance(value, Mapping):
+    if kind is int or kind is bool or value is None:
+        return None
+    if kind is dict or isinstance(value, Mapping):
         value = (*value, *value.values())
-    if isinstance(value, list | tuple):
-        for entry in value:
-            if reason := _flaw(entry):
-                return reason
+    elif kind is not list and not isinstance(value, tuple):
+        return None
+    for entry in value:
+        if reason := _flaw(entry):
+            return reason
     return None
 
 

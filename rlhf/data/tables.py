@@ -22,13 +22,13 @@ _ROWS_AT_ONCE = 1024
 
 def delimited(path: Path, stream: ByteStream, kind: str, longest: int) -> Numbered:
     """(line, row) of a CSV or TSV file with a header; a cell may span lines. Every cell is text."""
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")  # newline="": a cell may hold a line break
-    reader = csv.reader(text, delimiter="\t" if kind == "tsv" else ",", strict=True)
     line = 1
-    with _cells_up_to(longest):
+    # newline="": a cell may hold a line break
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text, _cells_up_to(longest):
+        reader = csv.reader(text, delimiter="\t" if kind == "tsv" else ",", strict=True)
         try:
             header = next(reader, [])
-            _check_header(path, header, kind)
+            _check_header(path, header)
             line = reader.line_num + 1
             for cells in reader:
                 if cells:  # an empty line
@@ -52,7 +52,7 @@ def _cells_up_to(longest: int) -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _check_header(path: Path, header: list[str], kind: str) -> None:
+def _check_header(path: Path, header: list[str]) -> None:
     twice = [name for name, count in Counter(header).items() if count > 1 and name]
     if twice:
         raise UserError(f"{path}: the header names column {twice[0]!r} more than once; rename one of them")

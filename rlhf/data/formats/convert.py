@@ -133,7 +133,7 @@ def _cut(found: Iterable[tuple[int, Asked]], tokenizer: Any, tokens: int, take: 
     sees would have another length than the recipe says (a cut inside a character is the usual case)."""
     whole = [(row_id, text) for row_id, text in found if isinstance(text, str)]
     kept: list[tuple[int, str, list[int]]] = []
-    for (row_id, _), ids in zip(whole, encode_texts(tokenizer, [text for _, text in whole]), strict=True):
+    for (row_id, _), ids in zip(whole, _first_ids(tokenizer, [text for _, text in whole], tokens), strict=True):
         if len(ids) <= tokens:
             take.drop(row_id, f"text has no more than {tokens} tokens")
         else:
@@ -144,3 +144,14 @@ def _cut(found: Iterable[tuple[int, Asked]], tokenizer: Any, tokens: int, take: 
             yield row_id, cut
         else:
             take.drop(row_id, "the cut text encodes to other tokens")
+
+
+def _first_ids(tokenizer: Any, texts: Sequence[str], tokens: int) -> list[list[int]]:
+    """Ids of each text, at least the first ``tokens`` and one more where it has them. A long text is encoded as far as
+    is surely enough: what stands far behind the cut has no say in the tokens before it."""
+    enough = 8 * tokens + 64  # characters
+    found = encode_texts(tokenizer, [text[:enough] for text in texts])
+    short = [at for at, text in enumerate(texts) if len(text) > enough and len(found[at]) <= tokens + 8]
+    for at, ids in zip(short, encode_texts(tokenizer, [texts[at] for at in short]), strict=True):
+        found[at] = ids
+    return found

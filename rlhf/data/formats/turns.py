@@ -101,6 +101,6 @@ def reply_to(prompt: Any, value: Any, column: str) -> Reply:
 
 
 def _turn(item: Any, column: str) -> Turn:
-    if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
+    if not isinstance(item, dict | Mapping) or "role" not in item or "content" not in item:
         raise BadRow(f"{column}: a turn without role and content")
     return turn(item["role"], item["content"], column)
