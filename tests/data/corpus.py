@@ -113,10 +113,10 @@ CORPUS = (
     refused("arrow-cut-off", table("arrow", [GOOD] * 99)[:300], "cannot be read as arrow", name="rows.arrow"),
     Broken(
         id="parquet-with-nulls",
-        content=table("parquet", [GOOD, GOOD | {"rejected": None}, GOOD | {"chosen": None}, GOOD]),
+        content=table("parquet", [GOOD, GOOD | {"rejected": None}, GOOD | {"chosen": None}, GOOD, GOOD]),
         name="rows.parquet",
         drops={"no column 'rejected'": 1, "no column 'chosen'": 1},
-        used=2,
+        used=3,
     ),
     refused(
         "parquet-of-bytes",

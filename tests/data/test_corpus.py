@@ -17,6 +17,7 @@ from rlhf.models.scratch import train_tokenizer
 from tests.data.corpus import CORPUS, Broken
 from tests.recipe.corpus import recipe
 
+_ADVICE = re.compile(r"; (a|convert|copy|correct|download|fetch|let|look|rename|separate|take|unpack) ")
 LOADERS: dict[str, Any] = {
     "prompts": load_prompts,
     "demonstrations": load_demonstrations,
@@ -44,9 +45,7 @@ def test_one_line_says_what_is_wrong(case: Broken, tmp_path: Path, tokenizer: An
     message = str(caught.value)
     assert caught.value.code == ExitCode.USER
     assert "\n" not in message and len(message) < 1200
-    assert "data." in message or re.search(
-        r"; (convert|copy|let|unpack|fetch|download|take|look|rename|correct|a )", message
-    )
+    assert "data." in message or _ADVICE.search(message)
 
 
 @pytest.mark.parametrize("case", [case for case in CORPUS if case.drops], ids=lambda case: case.id)
