@@ -36,9 +36,15 @@ LEVELS = {
     "__main__": 7,
 }
 READS_THE_RECIPE = {"recipe", "programs", "assemble", "cli", "__init__", "__main__"}
-RECIPE_MAY_IMPORT = ("rlhf.errors", "rlhf.locate", "rlhf.objectives.presets", "rlhf.recipe")
-TORCH_FREE = ("rlhf", "rlhf.recipe", "rlhf.cli", "rlhf.spawn", "rlhf.errors", "rlhf.locate", "rlhf.objectives.presets")
-HEAVY = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "wandb", "matplotlib", "numpy")
+RECIPE_MAY_IMPORT = ("rlhf.errors", "rlhf.locate", "rlhf.objectives.presets", "rlhf.data.kinds", "rlhf.recipe")
+TORCH_FREE = (
+    *("rlhf", "rlhf.recipe", "rlhf.cli", "rlhf.spawn"),
+    *("rlhf.errors", "rlhf.locate", "rlhf.objectives.presets", "rlhf.data.kinds"),
+)
+HEAVY = (
+    *("torch", "transformers", "datasets", "pyarrow", "accelerate", "deepspeed", "peft", "wandb", "matplotlib"),
+    "numpy",
+)
 
 
 def sources() -> list[Path]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf.data import load as data
-from rlhf.data.examples import Preference
+from rlhf.data.examples import Demonstration, Preference
+from rlhf.data.overlap import overlap
 from rlhf.programs.streams import demonstration_ids
 from rlhf.recipe import Recipe
 from rlhf.recipe.schema import DataSource
 from rlhf.rollout import Prompt
+
+Example = TypeVar("Example", Prompt, Demonstration, Preference)
 
 
 def sources(entries: Sequence[DataSource]) -> list[data.SourceSpec]:
@@ -35,11 +38,14 @@ def prompts(recipe: Recipe, entries: Sequence[DataSource], tokenizer: Any) -> tu
 
 def demonstrations(
     recipe: Recipe, entries: Sequence[DataSource], tokenizer: Any
-) -> tuple[list[tuple[list[int], list[int]]], data.LoadReport]:
+) -> tuple[list[Demonstration], data.LoadReport]:
+    return data.load_demonstrations(sources(entries), tokenizer=tokenizer, **_limits(recipe))
+
+
+def tokenised(recipe: Recipe, rows: Sequence[Demonstration], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """(conditioning ids, trained ids) of every demonstration."""
-    rows, report = data.load_demonstrations(sources(entries), tokenizer=tokenizer, **_limits(recipe))
     only = recipe.sft.completion_only
-    return [demonstration_ids(row, tokenizer, completion_only=only) for row in rows], report
+    return [demonstration_ids(row, tokenizer, completion_only=only) for row in rows]
 
 
 def preferences(
@@ -56,6 +62,25 @@ def _limits(recipe: Recipe) -> dict[str, Any]:
         "system_role": settings.system_role,
         "seed": recipe.run.seed,
     }
+
+
+def train_and_eval(
+    load: Callable[[Recipe, Sequence[DataSource], Any], tuple[list[Example], data.LoadReport]],
+    recipe: Recipe,
+    note: Callable[[str], None],
+    tokenizer: Any,
+) -> tuple[list[Example], list[Example]]:
+    """Rows to train on and the first ``eval.samples`` held-out ones. What was dropped, and what is in both, is told."""
+    rows, report = load(recipe, recipe.data.train, tokenizer)
+    tell(note, "data.train", report)
+    if not recipe.data.eval:
+        return rows, []
+    held_out, report = load(recipe, recipe.data.eval, tokenizer)
+    tell(note, "data.eval", report)
+    shared = overlap(rows, held_out)
+    if shared is not None:
+        note(f"data.eval: {shared.line()}")
+    return rows, held_out[: recipe.eval.samples]
 
 
 def tell(note: Callable[[str], None], key: str, report: data.LoadReport) -> None:

@@ -25,7 +25,6 @@ from rlhf.recipe import Recipe
 from rlhf.rewards.combine import RewardSet
 from rlhf.rewards.functions import FunctionReward
 from rlhf.rewards.model import load_reward_model
-from rlhf.rollout import Prompt
 from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import PolicyForward
@@ -103,9 +102,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     runtime = session.runtime
     own = runtime.share(recipe.batch.prompts_per_step, "prompts")
     tokenizer = models.tokenizer_of(recipe)
-    train_prompts, report = data.prompts(recipe, recipe.data.train, tokenizer)
-    data.tell(session.note, "data.train", report)
-    held_out = _held_out(recipe, session, tokenizer)
+    train_prompts, held_out = data.train_and_eval(data.prompts, recipe, session.note, tokenizer)
     mixed = _instruction_rows(recipe, tokenizer)
     steps = recipe.run.steps or math.ceil(len(train_prompts) / recipe.batch.prompts_per_step)
     rewards = reward_set(recipe, runtime, steps=steps)
@@ -143,18 +140,11 @@ def build(recipe: Recipe, session: Session) -> Job:
     return Job(train=partial(program.train, run), model=wrapped, optimizer=optimizer, tokenizer=tokenizer, steps=steps)
 
 
-def _held_out(recipe: Recipe, session: Session, tokenizer: Any) -> list[Prompt]:
-    if not recipe.data.eval:
-        return []
-    found, report = data.prompts(recipe, recipe.data.eval, tokenizer)
-    data.tell(session.note, "data.eval", report)
-    return found[: recipe.eval.samples]
-
-
 def _instruction_rows(recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     if recipe.instruction.coefficient == 0:
         return []
-    return data.demonstrations(recipe, recipe.data.instruction, tokenizer)[0]
+    rows, _ = data.demonstrations(recipe, recipe.data.instruction, tokenizer)
+    return data.tokenised(recipe, rows, tokenizer)
 
 
 def _instruction(

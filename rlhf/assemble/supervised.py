@@ -6,14 +6,13 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from rlhf.assemble import data, models
 from rlhf.assemble.job import Job
 from rlhf.data.examples import Preference
-from rlhf.data.load import LoadReport
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.models.policy import ScoredModel
 from rlhf.models.scalar import ScalarModel, scalar_forward
@@ -22,7 +21,6 @@ from rlhf.programs import scoring, streams
 from rlhf.programs import supervised as program
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
-from rlhf.recipe.schema import DataSource
 from rlhf.runtime import distributed
 from rlhf.runtime.updater import PolicyForward
 
@@ -32,7 +30,10 @@ def sft(recipe: Recipe, session: Session) -> Job:
     runtime, size = session.runtime, recipe.batch.prompts_per_step
     own = runtime.share(size, "rows")
     tokenizer = models.tokenizer_of(recipe)
-    rows, held_out = _train_and_eval(data.demonstrations, recipe, session, tokenizer)
+    rows, held_out = (
+        data.tokenised(recipe, part, tokenizer)
+        for part in data.train_and_eval(data.demonstrations, recipe, session.note, tokenizer)
+    )
     steps = recipe.run.steps or recipe.sft.epochs * math.ceil(len(rows) / size)
     policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
@@ -56,7 +57,7 @@ def reward(recipe: Recipe, session: Session) -> Job:
     runtime, size = session.runtime, recipe.batch.prompts_per_step
     own = runtime.share(size, "pairs")
     tokenizer = models.tokenizer_of(recipe)
-    first, held_out = _train_and_eval(data.preferences, recipe, session, tokenizer)
+    first, held_out = data.train_and_eval(data.preferences, recipe, session.note, tokenizer)
     steps = recipe.run.steps or recipe.reward_model.epochs * math.ceil(len(first) / size)
     model = ScalarModel(models.classifier(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     wrapped, optimizer = distributed.prepare(runtime, model, models.adamw(recipe, model))
@@ -88,25 +89,6 @@ def reward(recipe: Recipe, session: Session) -> Job:
         steps=steps,
         finish=center,
     )
-
-
-Row = TypeVar("Row")
-
-
-def _train_and_eval(
-    load: Callable[[Recipe, Sequence[DataSource], Any], tuple[list[Row], LoadReport]],
-    recipe: Recipe,
-    session: Session,
-    tokenizer: Any,
-) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and the first ``eval.samples`` held-out ones; what was dropped is told."""
-    rows, report = load(recipe, recipe.data.train, tokenizer)
-    data.tell(session.note, "data.train", report)
-    if not recipe.data.eval:
-        return rows, []
-    held_out, report = load(recipe, recipe.data.eval, tokenizer)
-    data.tell(session.note, "data.eval", report)
-    return rows, held_out[: recipe.eval.samples]
 
 
 def _epochs(recipe: Recipe, tokenizer: Any, first: list[Preference]) -> Callable[[int], list[Preference]]:

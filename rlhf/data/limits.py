@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 from rlhf.data.dropped import Dropped, Where, row_number
 from rlhf.errors import UserError
-from rlhf.models.chat import SystemRole, conversation_with_system, render_prompt, supports_system
+from rlhf.models.chat import SystemRole, conversation_with_system, render_prompt, render_prompts, supports_system
 from rlhf.rollout import Prompt, Turn
 
 LongPrompts = Literal["drop", "truncate_left"]
+
+_TOGETHER = 1024  # prompts that are tokenised in one call
 
 
 def without_unsupported_system(prompts: Sequence[Prompt], tokenizer: Any, system_role: SystemRole) -> list[Prompt]:
@@ -41,21 +43,21 @@ def within_length(
     what is left of the text. Prompts that cannot be rendered are dropped too, with the reason.
     """
     kept: list[Prompt] = []
-    for prompt in prompts:
-        try:
-            length = len(render_prompt(tokenizer, prompt))
-            fits = max_tokens is None or length <= max_tokens
+    for start in range(0, len(prompts), _TOGETHER):
+        some = prompts[start : start + _TOGETHER]
+        for prompt, ids in zip(some, render_prompts(tokenizer, some), strict=True):
+            if isinstance(ids, UserError):
+                if any(turn.role == "system" for turn in prompt.turns):
+                    raise ids
+                dropped.add("cannot be rendered", f"{where(prompt.row_id)}: {ids}")
+                continue
+            fits = max_tokens is None or len(ids) <= max_tokens
             if not fits and max_tokens is not None and long_prompts == "truncate_left":
                 prompt, fits = _shortened(tokenizer, prompt, max_tokens)
-        except UserError as error:
-            if prompt.turns and any(turn.role == "system" for turn in prompt.turns):
-                raise
-            dropped.add("cannot be rendered", f"{where(prompt.row_id)}: {error}")
-            continue
-        if fits:
-            kept.append(prompt)
-        else:
-            dropped.add(f"prompt longer than {max_tokens} tokens", where(prompt.row_id))
+            if fits:
+                kept.append(prompt)
+            else:
+                dropped.add(f"prompt longer than {max_tokens} tokens", where(prompt.row_id))
     return kept
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rlhf.data import formats
+from rlhf.data.checked import Row
 from rlhf.data.dropped import Dropped, Where
 from rlhf.data.examples import Demonstration, Preference
+from rlhf.data.formats.format import Format, Use
+from rlhf.data.formats.table import find, require
 from rlhf.data.limits import LongPrompts, within_length, without_unsupported_system
 from rlhf.data.order import weighted_rows
-from rlhf.data.read import Row, read_placed_rows
+from rlhf.data.read import read_placed_rows
 from rlhf.errors import UserError
 from rlhf.models.chat import SystemRole
 from rlhf.rollout import Prompt
@@ -72,10 +77,10 @@ def load_prompts(
     be read or has no usable row, and for system turns that the template refuses under ``system_role: error``.
     """
 
-    def convert(rows: Sequence[Row], source: SourceSpec, first: int, dropped: Dropped, where: Where) -> list[Prompt]:
+    def convert(rows: Sequence[Row], chosen: Format, first: int, dropped: Dropped, where: Where) -> list[Prompt]:
         found = formats.to_prompts(
             rows,
-            format=source.format,
+            format=chosen,
             dropped=dropped,
             tokenizer=tokenizer,
             prompt_tokens=prompt_tokens,
@@ -87,7 +92,7 @@ def load_prompts(
             return found
         return within_length(found, tokenizer, max_prompt_tokens, long_prompts, dropped, where)
 
-    return _load(sources, convert, seed)
+    return _load(sources, "prompts", convert, seed)
 
 
 def load_demonstrations(
@@ -101,17 +106,15 @@ def load_demonstrations(
 ) -> tuple[list[Demonstration], LoadReport]:
     """Demonstrations of all sources; see ``load_prompts``."""
 
-    def convert(
-        rows: Sequence[Row], source: SourceSpec, first: int, dropped: Dropped, where: Where
-    ) -> list[Demonstration]:
-        found = formats.to_demonstrations(rows, format=source.format, dropped=dropped, first_row_id=first, where=where)
+    def convert(rows: Sequence[Row], chosen: Format, first: int, dropped: Dropped, where: Where) -> list[Demonstration]:
+        found = formats.to_demonstrations(rows, format=chosen, dropped=dropped, first_row_id=first, where=where)
         prompts = without_unsupported_system([example.prompt for example in found], tokenizer, system_role)
         if tokenizer is not None:
             prompts = within_length(prompts, tokenizer, max_prompt_tokens, long_prompts, dropped, where)
         replies = {example.prompt.row_id: example.completion for example in found}
         return [Demonstration(prompt, replies[prompt.row_id]) for prompt in prompts]
 
-    return _load(sources, convert, seed)
+    return _load(sources, "demonstrations", convert, seed)
 
 
 def load_preferences(
@@ -126,11 +129,9 @@ def load_preferences(
 ) -> tuple[list[Preference], LoadReport]:
     """Pairs of all sources; see ``load_prompts``. Labelled text is paired anew for each ``epoch``."""
 
-    def convert(
-        rows: Sequence[Row], source: SourceSpec, first: int, dropped: Dropped, where: Where
-    ) -> list[Preference]:
+    def convert(rows: Sequence[Row], chosen: Format, first: int, dropped: Dropped, where: Where) -> list[Preference]:
         found = formats.to_preferences(
-            rows, seed=seed, epoch=epoch, format=source.format, dropped=dropped, first_row_id=first, where=where
+            rows, seed=seed, epoch=epoch, format=chosen, dropped=dropped, first_row_id=first, where=where
         )
         prompts = without_unsupported_system([pair.prompt for pair in found], tokenizer, system_role)
         if tokenizer is not None:
@@ -138,41 +139,71 @@ def load_preferences(
         pairs = {pair.prompt.row_id: pair for pair in found}
         return [_with_prompt(pairs[prompt.row_id], prompt) for prompt in prompts]
 
-    return _load(sources, convert, seed, epoch)
+    return _load(sources, "preferences", convert, seed, epoch)
 
 
 def training_texts(sources: Sequence[SourceSpec], seed: int = 0) -> Iterator[str]:
     """Every text in the sources, for training a tokenizer on them."""
     for source in sources:
-        for _, row in _read(source, seed, Dropped()):
-            yield from formats.texts(row)
+        rows = [row for _, row in _read(source, seed, Dropped())]
+        chosen = find(rows, source.format, source.path)
+        for row in rows:
+            yield from formats.texts(row, chosen)
 
 
 def _with_prompt(pair: Preference, prompt: Prompt) -> Preference:
     return Preference(prompt, pair.chosen, pair.rejected, pair.margin)
 
 
-_Convert = Callable[[Sequence[Row], SourceSpec, int, Dropped, Where], list[T]]
+_Convert = Callable[[Sequence[Row], Format, int, Dropped, Where], list[T]]
 
 
-def _load(sources: Sequence[SourceSpec], convert: _Convert[T], seed: int, epoch: int = 0) -> tuple[list[T], LoadReport]:
+def _load(
+    sources: Sequence[SourceSpec], use: Use, convert: _Convert[T], seed: int, epoch: int = 0
+) -> tuple[list[T], LoadReport]:
     found: list[list[T]] = []
     reports: list[SourceReport] = []
     first = 0
     for source in sources:
-        dropped = Dropped()
+        part, report, rows = _one(source, use, convert, seed, first)
+        found.append(part)
+        reports.append(report)
+        first += rows
+    order = weighted_rows([len(part) for part in found], [source.weight for source in sources], seed, epoch)
+    return [found[source][row] for source, row in order], LoadReport(tuple(reports))
+
+
+def _one(
+    source: SourceSpec, use: Use, convert: _Convert[T], seed: int, first: int
+) -> tuple[list[T], SourceReport, int]:
+    """Examples of one source, the account of them, and how many rows there were."""
+    dropped = Dropped()
+    with _no_collection():
         placed = _read(source, seed, dropped)
         unreadable = dropped.total
         rows, places = [row for _, row in placed], [place for place, _ in placed]
-        examples = convert(rows, source, first, dropped, _finder(places, first)) if rows else []
-        if not examples:
+        if not rows:
             raise UserError(_nothing_usable(source, dropped))
-        kind, read = formats.detect(rows, source.format), len(rows) + unreadable
-        reports.append(SourceReport(source=source, format=kind, read=read, used=len(examples), dropped=dropped))
-        found.append(examples)
-        first += len(rows)
-    order = weighted_rows([len(part) for part in found], [source.weight for source in sources], seed, epoch)
-    return [found[source][row] for source, row in order], LoadReport(tuple(reports))
+        chosen = find(rows, source.format, source.path)
+        require(chosen, use, source.path)
+        examples = convert(rows, chosen, first, dropped, _finder(places, first))
+    if not examples:
+        raise UserError(_nothing_usable(source, dropped))
+    read = len(rows) + unreadable
+    report = SourceReport(source=source, format=chosen.name, read=read, used=len(examples), dropped=dropped)
+    return examples, report, len(rows)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Loading makes millions of objects and no cycles; looking for cycles among them doubles the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _finder(places: Sequence[str], first: int) -> Where:

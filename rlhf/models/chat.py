@@ -6,9 +6,9 @@ tokenizer that adds a second one shifts every position the model was trained on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 from jinja2.exceptions import TemplateError
@@ -17,6 +17,8 @@ from rlhf.errors import UserError
 from rlhf.rollout import Prompt, Turn
 
 SystemRole = Literal["error", "merge", "drop"]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _PROBE = "probe0text"  # one word, so that a template which trims or reflows a turn still shows it whole
 
@@ -28,10 +30,32 @@ def render_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     when the template refuses the conversation (a system turn: names ``data.system_role``), and when a text smuggles in
     a BOS.
     """
-    if not prompt.conversational:
-        return _one_bos(tokenizer, _encode(tokenizer, prompt.text), prompt, marks_turns=False)
-    text = _render(tokenizer, prompt.messages(), generation_prompt=True, row_id=prompt.row_id)
-    return _one_bos(tokenizer, _encode(tokenizer, text), prompt, marks_turns=_template(tokenizer).bos_marks_turns)
+    return _one_bos(tokenizer, _encode(tokenizer, _written(tokenizer, prompt)), prompt)
+
+
+def render_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int] | UserError]:
+    """``render_prompt`` of many prompts, tokenised together, which is several times faster; the error in the place of
+    a prompt that cannot be rendered."""
+    written = [_or_error(_written, tokenizer, prompt) for prompt in prompts]
+    ids = iter(encode_texts(tokenizer, [text for text in written if isinstance(text, str)]))
+    return [
+        text if isinstance(text, UserError) else _or_error(_one_bos, tokenizer, next(ids), prompt)
+        for text, prompt in zip(written, prompts, strict=True)
+    ]
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text on its own, without special tokens: ``tokenizer.encode`` of each, in one call of the Rust
+    tokenizer where there is one. It is asked directly, because the wrapper around it doubles the time."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if (
+        backend is None
+        or backend.truncation is not None
+        or backend.padding is not None
+        or getattr(tokenizer, "split_special_tokens", False)
+    ):
+        return [_encode(tokenizer, text) for text in texts]
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def render_completion(tokenizer: Any, prompt: Prompt, completion: str, finished: bool = True) -> list[int]:
@@ -164,10 +188,24 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
 
 
-def _one_bos(tokenizer: Any, ids: list[int], prompt: Prompt, *, marks_turns: bool) -> list[int]:
+def _written(tokenizer: Any, prompt: Prompt) -> str:
+    if not prompt.conversational:
+        return prompt.text
+    return _render(tokenizer, prompt.messages(), generation_prompt=True, row_id=prompt.row_id)
+
+
+def _or_error(make: Callable[P, T], *given: P.args, **named: P.kwargs) -> T | UserError:
+    try:
+        return make(*given, **named)
+    except UserError as error:
+        return error
+
+
+def _one_bos(tokenizer: Any, ids: list[int], prompt: Prompt) -> list[int]:
     bos = tokenizer.bos_token_id
     if bos is None:
         return ids
+    marks_turns = prompt.conversational and _template(tokenizer).bos_marks_turns
     if ids[:1] != [bos]:
         ids = [int(bos), *ids]
     if not marks_turns and ids.count(bos) != 1:

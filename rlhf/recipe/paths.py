@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.data.kinds import SUFFIXES_IN_WORDS, suffix_of
 from rlhf.errors import UserError
 from rlhf.locate import command_name, shipped_recipes
 from rlhf.objectives.presets import is_dotted
 from rlhf.recipe.marks import KeyPath, Problem, read_file
 from rlhf.recipe.rules import on_policy, reads
-from rlhf.recipe.schema import Recipe, fill
+from rlhf.recipe.schema import DataSource, Recipe, fill
 from rlhf.recipe.sections import Run
 from rlhf.recipe.validate import Rule
 from rlhf.recipe.wording import is_secret, near, shown
@@ -25,7 +26,7 @@ from rlhf.recipe.wording import is_secret, near, shown
 Place = Literal["function", "local", "hub", "unclear"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
-_FILE_SUFFIX = re.compile(r"\.(jsonl|json|csv|tsv|parquet|arrow|txt|gz|jinja|ya?ml|safetensors)$", re.IGNORECASE)
+_OTHER_SUFFIX = re.compile(r"\.(txt|gz|zip|xlsx|jinja|ya?ml|safetensors)$", re.IGNORECASE)
 _ENVIRONMENT = re.compile(r"\$\{?\w")
 
 
@@ -35,7 +36,9 @@ def place(path: str) -> Place:
         return "function"
     here = Path(path).expanduser()
     first = Path(path).parts[0] if Path(path).parts else "."
-    if path.startswith(("/", "./", "../", "~")) or here.exists() or path.count("/") > 1 or _FILE_SUFFIX.search(path):
+    if path.startswith(("/", "./", "../", "~")) or here.exists() or path.count("/") > 1:
+        return "local"
+    if suffix_of(path) or _OTHER_SUFFIX.search(path):
         return "local"
     if len(Path(path).parts) > 1 and Path(first).is_dir():
         return "local"
@@ -144,8 +147,8 @@ def _data_problems(key: KeyPath, value: str) -> Iterator[Problem]:
         yield Problem(key, f"{shown(value)} is no file, hub id (owner/name) or package.module:function")
     elif where == "local" and not file.exists():
         yield Problem(key, f"{shown(value)} does not exist{_neighbours(file)}")
-    elif where == "local" and file.is_file() and file.suffix not in (".jsonl", ".json"):
-        yield Problem(key, f"{shown(value)}: files end in .jsonl or .json; convert it, one JSON object per line")
+    elif where == "local" and file.is_file() and suffix_of(file) is None:
+        yield Problem(key, f"{shown(value)}: files end in {SUFFIXES_IN_WORDS}; convert it, one JSON object per line")
     elif where == "local" and file.is_file() and file.stat().st_size == 0:
         yield Problem(key, f"{shown(value)} is an empty file")
 
@@ -224,10 +227,15 @@ def _model_paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _data_paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    for key, source in _sources(recipe):
+        yield (*key, "path"), source.path
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, DataSource]]:
     instruction = reads(recipe, "instruction") and recipe.instruction.coefficient > 0
     for name in ("train", "instruction", "eval") if instruction else ("train", "eval"):
         for index, source in enumerate(getattr(recipe.data, name)):
-            yield ("data", name, index, "path"), source.path
+            yield ("data", name, index), source
 
 
 def _calls(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -238,6 +246,9 @@ def _calls(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             yield ("reward", "functions", index, "call"), function.call
     for index, call in enumerate(recipe.eval.functions):
         yield ("eval", "functions", index), call
+    for key, source in _sources(recipe):
+        if is_dotted(source.format):
+            yield (*key, "format"), source.format
 
 
 def _importable(call: str) -> bool:

@@ -287,7 +287,7 @@ def prompts_are_cut_from_text_only(recipe: Recipe) -> Iterator[Problem]:
     if recipe.data.prompt_tokens is None:
         return
     for index, source in enumerate(recipe.data.train):
-        if source.format not in ("auto", "text"):
+        if source.format not in ("auto", "text") and not is_dotted(source.format):
             yield Problem(
                 ("data", "prompt_tokens"),
                 f"cuts prompts from plain text, and data.train.{index}.format is {shown(source.format)}, whose rows "

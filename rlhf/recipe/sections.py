@@ -19,8 +19,24 @@ Placement = Literal["auto", "replicate", "zero3", "offload", "quantized"]
 Baseline = Literal[
     "none", "moving_average", "batch_mean", "leave_one_out", "shrinkage", "greedy", "value", "optimal_token"
 ]
-RowFormat = Literal["auto", "chat", "preference", "messages", "completion", "prompt", "text"]  # rlhf.data.formats
 Dotted = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+KnownFormat = Literal[  # rlhf.data.formats.FORMATS, in its order: the order in which formats are looked for
+    "auto",
+    "chat",
+    "hh_rlhf",
+    "preference",
+    "summaries",
+    "ultrafeedback",
+    "messages",
+    "sharegpt",
+    "helpsteer",
+    "completion",
+    "alpaca",
+    "gsm8k",
+    "prompt",
+    "text",
+]
+RowFormat = KnownFormat | Dotted
 
 
 def _from_list(value: Any, handler: core_schema.ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
@@ -172,7 +188,9 @@ class DataSource(Section):
     split: str = Field(
         default="train", min_length=1, description="Split of a hub data set or folder; not read for a file."
     )
-    format: RowFormat = Field(default="auto", description="How rows are read; auto = by their columns.")
+    format: RowFormat = Field(
+        default="auto", description="How rows are read; auto = by their columns; or `package.module:Class`."
+    )
     weight: Positive = Field(default=1.0, description="How often its rows come in an epoch.")
     columns: dict[str, str] = Field(default={}, description="Renames: name the toolkit knows → column of the file.")
     max_rows: Count | None = Field(default=None, description="Only the first rows; null = all.")

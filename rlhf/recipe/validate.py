@@ -84,8 +84,17 @@ def unknown_key(path: KeyPath) -> str:
 def _explain(path: KeyPath, errors: list[dict[str, Any]]) -> Problem:
     if errors[0]["type"] == "extra_forbidden":
         return Problem(path, unknown_key(path))
-    words = [wording.schema_error(error, _description(path)) for error in errors]
+    words = [wording.schema_error(error, _description(path)) for error in _one_choice(errors)]
     return Problem(path, " or ".join(dict.fromkeys(words)))
+
+
+def _one_choice(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A name of ours or code of one's own: two alternatives of the schema, one list of choices for the reader."""
+    by_type = {error["type"]: error for error in errors}
+    if set(by_type) != {"literal_error", "string_pattern_mismatch"}:
+        return errors
+    expected = f"{by_type['literal_error']['ctx']['expected']} or 'package.module:Class'"
+    return [by_type["literal_error"] | {"ctx": {"expected": expected}}]
 
 
 def _description(path: KeyPath) -> str | None:

@@ -48,8 +48,8 @@ def test_the_format_is_found_by_columns(columns: set[str], name: str, found: str
 
 
 def test_unknown_formats_and_columns_are_named() -> None:
-    with pytest.raises(UserError, match="format 'sharegpt' is not known"):
-        detect([{"text": "x"}], "sharegpt")
+    with pytest.raises(UserError, match="format 'sharegtp' is not known"):
+        detect([{"text": "x"}], "sharegtp")
     with pytest.raises(UserError, match=r"has columns \['answer', 'question'\].*data\.\*\.columns"):
         detect([{"question": "x", "answer": "y"}])
     with pytest.raises(UserError, match="messages would be needed"):

@@ -77,7 +77,7 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"x,y", "files end in .jsonl or .json"),
+        ("a.xlsx", b"x,y", "files end in .jsonl, .json"),
         ("a.jsonl", b'{"text": "\xff"}', "is not UTF-8"),
         ("absent.jsonl", None, "cannot be read"),
         ("absent/folder", None, "does not exist"),

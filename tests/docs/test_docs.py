@@ -329,6 +329,31 @@ def test_decisions_are_numbered_and_listed() -> None:
             assert f"\n**{part}.** " in page, f"{name} has no {part}"
 
 
+# ---- data
+
+
+def test_every_format_and_kind_of_file_is_listed() -> None:
+    from rlhf.data.formats import TABLE
+    from rlhf.data.kinds import TABLE_KINDS, TEXT_KINDS
+
+    page = text_of("docs/data.md")
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", page, re.MULTILINE)
+    listed = [(name, recognised) for name, recognised in rows if name in {entry.name for entry in TABLE}]
+    assert [name for name, _ in listed] == [entry.name for entry in TABLE]  # in the order they are looked for
+    for entry, (_, recognised) in zip(TABLE, listed, strict=True):
+        assert all(f"`{column}`" in recognised for column in entry.columns), entry.name
+    assert all(f"`.{kind}`" in page for kind in (*TEXT_KINDS, *TABLE_KINDS))
+
+
+def test_the_example_format_works(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf.data.formats import to_demonstrations
+
+    monkeypatch.syspath_prepend(place)
+    rows = [{"riddle": "What has keys?", "solution": "A piano."}, {"riddle": "No.", "solution": "x"}]
+    (example,) = to_demonstrations(rows, format="riddles:Riddle")
+    assert (example.prompt.text, example.completion) == ("Riddle: What has keys?\nSolution:", " A piano.")
+
+
 # ---- the objective that the architecture page shows
 
 

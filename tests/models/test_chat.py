@@ -165,3 +165,21 @@ def test_other_refusals_and_missing_templates(gemma: Any) -> None:
     gemma.chat_template = None
     with pytest.raises(UserError, match="has no chat template"):
         chat.render_prompt(gemma, conversation("hello"))
+
+
+def test_many_prompts_are_rendered_as_each_one_is(gemma: Any) -> None:
+    sneaky = Prompt(row_id=1, text="a <bos> b")
+    good = [Prompt(row_id=0, text="hello"), conversation("hello", "well", "how is it going"), Prompt(row_id=2)]
+    ids = chat.render_prompts(gemma, [good[0], sneaky, good[1], conversation("x", system="s"), good[2]])
+    assert [ids[0], ids[2], ids[4]] == [chat.render_prompt(gemma, prompt) for prompt in good]
+    assert isinstance(ids[1], UserError) and "2 BOS tokens" in str(ids[1])
+    assert isinstance(ids[3], UserError) and "data.system_role" in str(ids[3])
+    assert chat.render_prompts(gemma, []) == []
+
+
+def test_the_settings_of_a_tokenizer_count_when_many_texts_are_encoded(gemma: Any) -> None:
+    texts = [*TEXTS, "", "a <eos> b"]
+    one_by_one = [gemma.encode(text, add_special_tokens=False) for text in texts]
+    assert chat.encode_texts(gemma, texts) == one_by_one
+    gemma.backend_tokenizer.enable_truncation(2)  # as a tokenizer.json may have it
+    assert chat.encode_texts(gemma, texts) == one_by_one

@@ -179,6 +179,13 @@ MEANING: dict[str, Broken] = {
     "no rows": b(recipe(data="data: {train: []}"), "no rows to train on", line=5),
     "missing file": b(recipe(data="data: {train: [{path: rovs.jsonl}]}"), "did you mean rows.jsonl?", line=5),
     "missing folder": b(recipe(data="data: {train: [{path: /no/such/a.jsonl}]}"), "nor does the folder", line=5),
+    "missing file of another kind": b(recipe(data="data: {train: [{path: rows.csv.gz}]}"), "does not exist", line=5),
+    "format that is not known": b(
+        recipe(data="data: {train: [{path: rows.jsonl, format: sharegtp}]}"), "did you mean sharegpt?", line=5
+    ),
+    "format that is not there": b(
+        recipe(data='data: {train: [{path: rows.jsonl, format: "nowhere:Rows"}]}'), "no module nowhere", line=5
+    ),
     "file of another kind": b(recipe(data="data: {train: [{path: ./model/config.yaml}]}"), "does not exist", line=5),
     "path that is nothing": b(recipe(data='data: {train: [{path: "a b?"}]}'), "is no file, hub id", line=5),
     "function that is not there": b(recipe(data='data: {train: [{path: "nowhere:rows"}]}'), "no module nowhere"),
@@ -243,6 +250,7 @@ VALID: dict[str, str] = {
     "from scratch": recipe(policy="policy: {scratch: {family: gemma3, hidden_size: 64, heads: 2}, tokenizer: model}"),
     "adapters": recipe(policy="policy: {path: model, lora: {r: 8, targets: [q_proj]}}"),
     "exact KL": recipe(kl="kl: {estimator: exact, loss_beta: 0.1, loss_estimator: exact_local}"),
+    "code for a format": recipe(data='data: {train: [{path: rows.jsonl, format: "json:loads"}], prompt_tokens: 4}'),
     "instruction rows": recipe(
         data="data: {train: [{path: rows.jsonl}], instruction: [{path: rows.jsonl}]}",
         instruction="instruction: {coefficient: 0.1}",

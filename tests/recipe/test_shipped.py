@@ -14,7 +14,7 @@ from rlhf.objectives import reinforce
 from rlhf.objectives.presets import NOT_IN_THIS_VERSION, OBJECTIVES, POLICY_SECTIONS, preset
 from rlhf.recipe import Recipe, ignored_sections, load_recipe
 from rlhf.recipe.schema import json_schema
-from rlhf.recipe.sections import Baseline, RowFormat
+from rlhf.recipe.sections import Baseline, KnownFormat
 from rlhf.recipe.wording import SYNONYMS
 from tests.recipe.conftest import model_folder
 
@@ -58,7 +58,7 @@ def test_every_key_says_what_it_is() -> None:
 def test_names_that_the_schema_repeats() -> None:
     """The recipe phase cannot import these lists from where torch is needed."""
     assert typing.get_args(Baseline) == typing.get_args(reinforce.Baseline)
-    assert set(typing.get_args(RowFormat)) == set(FORMATS)
+    assert typing.get_args(KnownFormat) == FORMATS
 
 
 def test_presets_name_classes_and_sections_that_exist() -> None:
