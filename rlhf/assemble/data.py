@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlhf.data import load as data
 from rlhf.data.examples import Preference
+from rlhf.models.chat import Dialogue
 from rlhf.programs.streams import demonstration_ids
 from rlhf.recipe import Recipe
 from rlhf.recipe.schema import DataSource
 from rlhf.rollout import Prompt
+
+_ONE_REPLY = (
+    "{} conversations: only the last reply is imitated, because the chat template shows earlier turns otherwise once "
+    "later ones follow"
+)
 
 
 def sources(entries: Sequence[DataSource]) -> list[data.SourceSpec]:
@@ -35,11 +42,15 @@ def prompts(recipe: Recipe, entries: Sequence[DataSource], tokenizer: Any) -> tu
 
 def demonstrations(
     recipe: Recipe, entries: Sequence[DataSource], tokenizer: Any
-) -> tuple[list[tuple[list[int], list[int]]], data.LoadReport]:
-    """(conditioning ids, trained ids) of every demonstration."""
-    rows, report = data.load_demonstrations(sources(entries), tokenizer=tokenizer, **_limits(recipe))
-    only = recipe.sft.completion_only
-    return [demonstration_ids(row, tokenizer, completion_only=only) for row in rows], report
+) -> tuple[list[Dialogue], data.LoadReport]:
+    """The token rows of every demonstration."""
+    examples, report = data.load_demonstrations(sources(entries), tokenizer=tokenizer, **_limits(recipe))
+    only, every = recipe.sft.completion_only, recipe.sft.turns == "all"
+    rows = [demonstration_ids(row, tokenizer, completion_only=only, every_turn=every) for row in examples]
+    short = sum(not whole for _, whole in rows)
+    if short:
+        report = replace(report, notes=(*report.notes, _ONE_REPLY.format(short)))
+    return [row for row, _ in rows], report
 
 
 def preferences(

@@ -12,7 +12,7 @@ from rlhf.assemble import data, models
 from rlhf.assemble.job import Job
 from rlhf.interfaces import PolicyObjective
 from rlhf.locate import named_code
-from rlhf.models.chat import stop_ids
+from rlhf.models.chat import Dialogue, stop_ids
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import AdapterOffReference, Reference
 from rlhf.objectives.reinforce import Reinforce
@@ -151,14 +151,14 @@ def _held_out(recipe: Recipe, session: Session, tokenizer: Any) -> list[Prompt]:
     return found[: recipe.eval.samples]
 
 
-def _instruction_rows(recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+def _instruction_rows(recipe: Recipe, tokenizer: Any) -> list[Dialogue]:
     if recipe.instruction.coefficient == 0:
         return []
     return data.demonstrations(recipe, recipe.data.instruction, tokenizer)[0]
 
 
 def _instruction(
-    recipe: Recipe, runtime: Runtime, reference: Reference, rows: list[tuple[list[int], list[int]]]
+    recipe: Recipe, runtime: Runtime, reference: Reference, rows: list[Dialogue]
 ) -> streams.InstructionTerms | None:
     """As many gold rows a step as there are prompts."""
     if not rows:

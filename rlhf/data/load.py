@@ -51,9 +51,10 @@ class LoadReport:
     """One entry per source; ``lines()`` is what a program prints."""
 
     sources: tuple[SourceReport, ...]
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        return [source.line() for source in self.sources]
+        return [*(source.line() for source in self.sources), *self.notes]
 
 
 def load_prompts(

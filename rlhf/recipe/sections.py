@@ -261,6 +261,9 @@ class Sft(Section):
     """Settings of objective `sft`."""
 
     completion_only: bool = Field(default=True, description="Only completion tokens count in the loss.")
+    turns: Literal["all", "last"] = Field(
+        default="all", description="Of a conversation with several replies: imitate all of them, or the last."
+    )
     epochs: Count = Field(default=1, description="Passes over `data.train`, unless `run.steps` is set.")
     packing: bool = Field(default=False, description="Several rows in one sequence.")
 
