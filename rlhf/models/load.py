@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -105,8 +105,18 @@ def add_lora(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
         return cast(nn.Module, get_peft_model(cast(Any, model), config))
 
 
-def export(model: nn.Module, tokenizer: Any, folder: Path, *, stop_ids: Sequence[int], card: str) -> None:
+def export(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    stop_ids: Sequence[int],
+    card: str,
+    extra: Callable[[Path], None] | None = None,
+) -> None:
     """Writes a transformers folder (weights, tokenizer, generation config, model card), whole or not at all.
+
+    ``extra`` adds what else belongs into the folder while it is still being staged.
 
     Weights keep the type they were loaded in. Call on one rank, with the weights gathered.
     """
@@ -118,6 +128,8 @@ def export(model: nn.Module, tokenizer: Any, folder: Path, *, stop_ids: Sequence
     cast(Any, model).save_pretrained(staging, state_dict=_stored(model))
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
+    if extra is not None:
+        extra(staging)
     if folder.exists():
         shutil.rmtree(folder)
     staging.rename(folder)
