@@ -236,12 +236,6 @@ def completions_are_decoded_here(recipe: Recipe) -> Iterator[Problem]:
 
 
 @rule
-def rows_are_not_packed(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.objective == "sft" and recipe.sft.packing:
-        yield Problem(("sft", "packing"), "not in this version; set false")
-
-
-@rule
 def nothing_is_pushed(recipe: Recipe) -> Iterator[Problem]:
     if recipe.checkpoint.hub_id is not None:
         yield Problem(

@@ -70,16 +70,16 @@ class RewardSet:
     def metrics(self, rollout: Rollout, collective: Collective | None = None) -> dict[str, float]:
         """Counts over a scored rollout (summed over ranks), and what functions logged on this rank in their last call.
 
-        Keys: ``reward/{unscorable,missing_eos,clipped,overlong}_rows``, ``reward/<source>/unscorable_rows`` where there
-        are any, ``reward/<function>/<metric>``.
+        Keys: ``reward/{unscorable,missing_eos,clipped}_rows``; ``reward/overlong_rows`` and
+        ``reward/<source>/unscorable_rows`` where there are any; ``reward/<function>/<metric>``.
         """
         counts = {"reward/unscorable_rows": ~rollout.valid}
         replaced = ~rollout.finished if self.missing_eos_score is not None else torch.zeros_like(rollout.finished)
         counts["reward/missing_eos_rows"] = replaced
         limit = torch.inf if self.clip is None else self.clip
         counts["reward/clipped_rows"] = (self._combined(rollout).abs() > limit) & ~replaced
-        counts["reward/overlong_rows"] = self._length_price(rollout) > 0
         always = len(counts)
+        counts["reward/overlong_rows"] = self._length_price(rollout) > 0
         counts |= {f"reward/{name}/unscorable_rows": score.isnan() for name, score in rollout.scores.items()}
         totals = (collective or Alone()).sum(torch.stack([rows.sum() for rows in counts.values()])).tolist()
         found = zip(counts, totals, strict=True)
