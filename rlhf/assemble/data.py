@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from rlhf.data import load as data
 from rlhf.data.examples import Demonstration, Preference
 from rlhf.data.overlap import overlap
+from rlhf.models.chat import Dialogue
 from rlhf.programs.streams import demonstration_ids
 from rlhf.recipe import Recipe
 from rlhf.recipe.schema import DataSource
@@ -15,12 +16,18 @@ from rlhf.rollout import Prompt
 
 Example = TypeVar("Example", Prompt, Demonstration, Preference)
 
+_ONE_REPLY = (
+    "{} conversations: only the last reply is imitated, because the chat template shows earlier turns otherwise once "
+    "later ones follow"
+)
+
 
 def sources(entries: Sequence[DataSource]) -> list[data.SourceSpec]:
     return [
         data.SourceSpec(
             path=entry.path,
             split=entry.split,
+            subset=entry.subset,
             format=entry.format,
             weight=entry.weight,
             columns=dict(entry.columns),
@@ -42,10 +49,16 @@ def demonstrations(
     return data.load_demonstrations(sources(entries), tokenizer=tokenizer, **_limits(recipe))
 
 
-def tokenised(recipe: Recipe, rows: Sequence[Demonstration], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """(conditioning ids, trained ids) of every demonstration."""
-    only = recipe.sft.completion_only
-    return [demonstration_ids(row, tokenizer, completion_only=only) for row in rows]
+def tokenised(
+    recipe: Recipe, examples: Sequence[Demonstration], tokenizer: Any, note: Callable[[str], None]
+) -> list[Dialogue]:
+    """The token rows of every demonstration."""
+    only, every = recipe.sft.completion_only, recipe.sft.turns == "all"
+    rows = [demonstration_ids(row, tokenizer, completion_only=only, every_turn=every) for row in examples]
+    short = sum(not whole for _, whole in rows)
+    if short:
+        note(_ONE_REPLY.format(short))
+    return [row for row, _ in rows]
 
 
 def preferences(

@@ -16,6 +16,7 @@ from rlhf.models.reference import FrozenReference
 from rlhf.recipe import Recipe
 from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
+from rlhf.runtime.microbatches import Cost, padded_tokens
 from rlhf.runtime.schedule import learning_rate_schedule
 from rlhf.runtime.updater import Forward, Updater
 
@@ -90,9 +91,16 @@ def frozen_reference(recipe: Recipe, policy: nn.Module, runtime: Runtime) -> Fro
 
 
 def updater(
-    recipe: Recipe, runtime: Runtime, model: nn.Module, optimizer: Any, forward: Forward, steps: int
+    recipe: Recipe,
+    runtime: Runtime,
+    model: nn.Module,
+    optimizer: Any,
+    forward: Forward,
+    steps: int,
+    cost: Cost = padded_tokens,
 ) -> Updater:
-    """``steps``: the learning rate's horizon, in optimizer steps."""
+    """``steps``: the learning rate's horizon, in optimizer steps. ``cost``: what ``forward`` makes of a microbatch."""
     optim = recipe.optim
     schedule = learning_rate_schedule(optim.lr, optim.schedule, total_steps=steps, warmup_ratio=optim.warmup_ratio)
-    return Updater(runtime, model, optimizer, schedule, forward, recipe.batch.microbatch_tokens, optim.max_grad_norm)
+    budget = recipe.batch.microbatch_tokens
+    return Updater(runtime, model, optimizer, schedule, forward, budget, optim.max_grad_norm, cost)

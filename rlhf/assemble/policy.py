@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import torch
 
-from rlhf.assemble import data, models
+from rlhf.assemble import data, models, rewards
 from rlhf.assemble.job import Job
 from rlhf.interfaces import PolicyObjective
 from rlhf.locate import named_code
-from rlhf.models.chat import stop_ids
+from rlhf.models.chat import Dialogue, stop_ids
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import AdapterOffReference, Reference
 from rlhf.objectives.reinforce import Reinforce
@@ -22,9 +23,6 @@ from rlhf.programs import streams
 from rlhf.programs.evaluation import Evaluation
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
-from rlhf.rewards.combine import RewardSet
-from rlhf.rewards.functions import FunctionReward
-from rlhf.rewards.model import load_reward_model
 from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import PolicyForward
@@ -42,44 +40,14 @@ def objective(recipe: Recipe) -> PolicyObjective:
             loss_beta=recipe.kl.loss_beta,
             loss_estimator=recipe.kl.loss_estimator,
             temperature=recipe.rollout.temperature,
+            skip_zero_variance=recipe.reinforce.skip_zero_variance,
         )
     return cast(PolicyObjective, named_code(recipe.objective, "objective")(recipe))
 
 
-def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
-    """Every reward source with its weight."""
-    settings = recipe.reward
-    trained = [
-        (
-            load_reward_model(
-                cast(str, entry.path),
-                device=runtime.device,
-                compute_dtype=models.compute_dtype(recipe),
-                microbatch_tokens=entry.microbatch_tokens or recipe.batch.microbatch_tokens,
-            ),
-            entry.weight,
-        )
-        for entry in settings.models
-    ]
-    functions = [
-        FunctionReward(
-            name=entry.call.partition(":")[2],
-            function=named_code(entry.call, "reward function"),
-            weight=entry.weight,
-            max_steps=steps,
-        )
-        for entry in settings.functions
-    ]
-    return RewardSet(
-        models=trained,
-        functions=functions,
-        combine=settings.combine,
-        clip=settings.clip,
-        missing_eos_score=settings.missing_eos_score,
-    )
-
-
-def sampler(recipe: Recipe, runtime: Runtime, tokenizer: Any, wrapped: torch.nn.Module, k: int) -> HFSampler:
+def sampler(
+    recipe: Recipe, runtime: Runtime, tokenizer: Any, wrapped: torch.nn.Module, k: int, temperature: float
+) -> HFSampler:
     inner: Any = distributed.unwrap(wrapped).causal_lm
     settings = recipe.rollout
     width = recipe.data.max_prompt_tokens + settings.max_new_tokens
@@ -87,7 +55,7 @@ def sampler(recipe: Recipe, runtime: Runtime, tokenizer: Any, wrapped: torch.nn.
         tokenizer=tokenizer,
         samples_per_prompt=k,
         max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
+        temperature=temperature,
         stop=settings.stop,
         stop_ids=stop_ids(tokenizer, inner.generation_config),
         seed=recipe.run.seed,
@@ -103,18 +71,20 @@ def build(recipe: Recipe, session: Session) -> Job:
     own = runtime.share(recipe.batch.prompts_per_step, "prompts")
     tokenizer = models.tokenizer_of(recipe)
     train_prompts, held_out = data.train_and_eval(data.prompts, recipe, session.note, tokenizer)
-    mixed = _instruction_rows(recipe, tokenizer)
+    mixed = _instruction_rows(recipe, tokenizer, session.note)
     steps = recipe.run.steps or math.ceil(len(train_prompts) / recipe.batch.prompts_per_step)
-    rewards = reward_set(recipe, runtime, steps=steps)
+    scores = rewards.reward_set(recipe, runtime, steps=steps)
+    judges = rewards.with_judges(recipe, runtime, scores, steps=steps)
     policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     anchor: Reference | None = models.frozen_reference(recipe, policy.causal_lm, runtime)
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
     anchor = anchor or AdapterOffReference(wrapped, policy)
+    settings, at = recipe.rollout, recipe.eval.temperature or recipe.rollout.temperature
     run = program.PolicyRun(
         session=session,
         model=wrapped,
-        sampler=sampler(recipe, runtime, tokenizer, wrapped, recipe.rollout.samples_per_prompt),
-        rewards=rewards,
+        sampler=sampler(recipe, runtime, tokenizer, wrapped, settings.samples_per_prompt, settings.temperature),
+        rewards=scores,
         reference=anchor,
         objective=objective(recipe),
         beta=recipe.kl.beta,
@@ -126,10 +96,10 @@ def build(recipe: Recipe, session: Session) -> Job:
         evaluation=Evaluation(
             session=session,
             prompts=held_out,
-            sampler=sampler(recipe, runtime, tokenizer, wrapped, 1),
-            rewards=rewards,
+            sampler=sampler(recipe, runtime, tokenizer, wrapped, 1, at),
+            rewards=judges,
             reference=anchor,
-            temperature=recipe.rollout.temperature,
+            temperature=at,
             microbatch_tokens=recipe.batch.microbatch_tokens,
             every_steps=recipe.eval.every_steps or 0,
             steps=steps,
@@ -140,15 +110,15 @@ def build(recipe: Recipe, session: Session) -> Job:
     return Job(train=partial(program.train, run), model=wrapped, optimizer=optimizer, tokenizer=tokenizer, steps=steps)
 
 
-def _instruction_rows(recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+def _instruction_rows(recipe: Recipe, tokenizer: Any, note: Callable[[str], None]) -> list[Dialogue]:
     if recipe.instruction.coefficient == 0:
         return []
     rows, _ = data.demonstrations(recipe, recipe.data.instruction, tokenizer)
-    return data.tokenised(recipe, rows, tokenizer)
+    return data.tokenised(recipe, rows, tokenizer, note)
 
 
 def _instruction(
-    recipe: Recipe, runtime: Runtime, reference: Reference, rows: list[tuple[list[int], list[int]]]
+    recipe: Recipe, runtime: Runtime, reference: Reference, rows: list[Dialogue]
 ) -> streams.InstructionTerms | None:
     """As many gold rows a step as there are prompts."""
     if not rows:

@@ -26,10 +26,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSpec:
-    """Where rows come from. ``weight`` multiplies how often they come in an epoch; ``columns``: our name → theirs."""
+    """Where rows come from. ``subset``: configuration of a hub data set. ``weight`` multiplies how often the rows come in
+    an epoch; ``columns``: our name → theirs."""
 
     path: str
     split: str = "train"
+    subset: str | None = None
     format: str = "auto"
     weight: float = 1.0
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -211,7 +213,15 @@ def _finder(places: Sequence[str], first: int) -> Where:
 
 
 def _read(source: SourceSpec, seed: int, dropped: Dropped) -> list[tuple[str, Row]]:
-    return read_placed_rows(source.path, source.split, source.columns, source.max_rows, seed=seed, dropped=dropped)
+    return read_placed_rows(
+        source.path,
+        source.split,
+        source.columns,
+        source.max_rows,
+        subset=source.subset,
+        seed=seed,
+        dropped=dropped,
+    )
 
 
 def _nothing_usable(source: SourceSpec, dropped: Dropped) -> str:

@@ -26,11 +26,14 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     max_rows: int | None = None,
     *,
+    subset: str | None = None,
     seed: int = 0,
     dropped: Dropped | None = None,
 ) -> list[Row]:
     """The rows of ``read_placed_rows``, without their places."""
-    return [row for _, row in read_placed_rows(path, split, columns, max_rows, seed=seed, dropped=dropped)]
+    return [
+        row for _, row in read_placed_rows(path, split, columns, max_rows, subset=subset, seed=seed, dropped=dropped)
+    ]
 
 
 def read_placed_rows(
@@ -39,6 +42,7 @@ def read_placed_rows(
     columns: Mapping[str, str] | None = None,
     max_rows: int | None = None,
     *,
+    subset: str | None = None,
     seed: int = 0,
     dropped: Dropped | None = None,
 ) -> list[PlacedRow]:
@@ -64,7 +68,7 @@ def read_placed_rows(
             f"{path} does not exist; set data.*.path to a file, a folder, a hub id or package.module:function"
         )
     else:
-        rows = checked(enumerate(_hub_rows(path, split)), "row ", dropped)
+        rows = checked(enumerate(_hub_rows(path, split, subset)), "row ", dropped)
     placed = list(islice(rows, max_rows))
     renamed = _renamed([row for _, row in placed], columns or {}, path)
     return [(place, row) for (place, _), row in zip(placed, renamed, strict=True)]
@@ -74,22 +78,23 @@ def _folder_rows(folder: Path, split: str, dropped: Dropped) -> Iterator[PlacedR
     file = file_of_split(folder, split)
     if file is not None:
         return file_rows(file, dropped)
-    return checked(enumerate(_hub_rows(str(folder), split)), f"{folder}, row ", dropped)
+    return checked(enumerate(_hub_rows(str(folder), split, None)), f"{folder}, row ", dropped)
 
 
-def _hub_rows(path: str, split: str) -> Iterable[Any]:
+def _hub_rows(path: str, split: str, subset: str | None) -> Iterable[Any]:
     import datasets
 
     saved = any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))  # by save_to_disk
     try:
-        loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
+        loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, subset, split=split)
         if isinstance(loaded, datasets.DatasetDict):
             loaded = loaded[split]
     except Exception as error:  # the library raises a dozen unrelated kinds; all of them mean this one thing
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        which = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
         raise UserError(
-            f"data set {path!r} (split {split!r}) cannot be loaded: {reason}; "
-            "check data.*.path and data.*.split, or name a local file"
+            f"data set {path!r} ({which}) cannot be loaded: {reason}; "
+            "check data.*.path, data.*.subset and data.*.split, or name a local file"
         ) from error
     return loaded  # type: ignore[no-any-return]
 

@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from rlhf.maths.masking import masked_fill
+from rlhf.maths.masking import group_index, masked_fill
 
 
 def leave_one_out_price(reward_variance: Tensor, score_norm: Tensor, signal: Tensor) -> Tensor:
@@ -59,6 +60,19 @@ def second_moment_sum(advantages: Tensor, score_norms: Tensor, mask: Tensor, val
     counted = mask & valid[:, None]
     per_token = advantages[:, None] if advantages.dim() == 1 else advantages
     return (masked_fill(per_token, counted).square() * masked_fill(score_norms, counted)).sum()
+
+
+def zero_variance(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+    """[B] bool: rows of a group of at least two valid rows whose rewards are all equal: they carry no reward signal.
+
+    rewards [B], NaN allowed where not valid; group [B] ids; valid [B] bool. Rows that are not valid are False.
+    """
+    inverse, groups = group_index(group)
+    kept = inverse[valid]
+    lowest = rewards.new_full((groups,), math.inf).scatter_reduce(0, kept, rewards[valid], "amin")
+    highest = rewards.new_full((groups,), -math.inf).scatter_reduce(0, kept, rewards[valid], "amax")
+    several = torch.bincount(kept, minlength=groups) > 1
+    return valid & ((lowest == highest) & several)[inverse]
 
 
 class Noise(NamedTuple):

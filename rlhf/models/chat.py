@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 from jinja2.exceptions import TemplateError
@@ -72,6 +72,43 @@ def render_completion(tokenizer: Any, prompt: Prompt, completion: str, finished:
             f"{_name(tokenizer)} has no EOS token, so a plain-text completion has no end; set its eos_token"
         )
     return [*ids, int(tokenizer.eos_token_id)]
+
+
+class Dialogue(NamedTuple):
+    """A conversation as one row: the ids up to the first reply, what follows, and which of those are replies."""
+
+    prompt: list[int]
+    completion: list[int]
+    counted: list[bool]
+
+
+def render_dialogue(tokenizer: Any, prompt: Prompt, completion: str) -> Dialogue | None:
+    """Every assistant turn of the conversation as something to imitate, each tokenised as in sampling.
+
+    ``counted`` is True for the tokens of assistant turns, their end token included, and False for what the template and
+    the other turns add between them. None where the template shows an earlier turn otherwise once later ones follow
+    (templates that drop old reasoning do): then only the last reply can be learned as it is sampled.
+    """
+    turns = [*prompt.messages(), {"role": "assistant", "content": completion}]
+    replies = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    first = render_prompt(tokenizer, replace(prompt, turns=prompt.turns[: replies[0]]))
+    ids: list[int] = []
+    counted: list[bool] = []
+    shown = _render(tokenizer, turns[: replies[0]], generation_prompt=True, row_id=prompt.row_id)
+    for reply, following in zip(replies, [*replies[1:], None], strict=True):
+        text, longer = turns[reply]["content"], shown
+        if following is not None:
+            longer = _render(tokenizer, turns[:following], generation_prompt=True, row_id=prompt.row_id)
+            if not longer.startswith(shown + text):
+                text = text.strip()  # templates may trim a turn
+        own = [*_encode(tokenizer, text), turn_end(tokenizer)]
+        ids, counted = ids + own, counted + [True] * len(own)
+        if following is not None:
+            between = _encode(tokenizer, longer.removeprefix(shown + text))
+            if not longer.startswith(shown + text) or between[:1] != own[-1:]:
+                return None
+            ids, counted, shown = ids + between[1:], counted + [False] * (len(between) - 1), longer
+    return Dialogue(first, ids, counted)
 
 
 def turn_end(tokenizer: Any) -> int:

@@ -16,7 +16,7 @@ class Rows:
     """Model inputs, and where each completion token's statistics come from and go to.
 
     input_ids      [R, L] int64
-    attention_mask [R, L] int64, 1 = a real token
+    attention_mask [R, L] int64, 1 = a real token; None = what shares a row is told apart by restarting positions
     position_ids   [R, L] int64, 0 at the first real token of a row
     source         [n] int64: flat index into R·L of the position whose hidden state predicts the token
     target         [n] int64: the token predicted there
@@ -25,7 +25,7 @@ class Rows:
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     position_ids: Tensor
     source: Tensor
     target: Tensor
@@ -57,3 +57,51 @@ def plain_rows(batch: TokenBatch) -> Rows:
         place=rows * batch.completion_ids.shape[1] + columns,
         shape=(len(batch), batch.completion_ids.shape[1]),
     )
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Several completions in one row, one after the other, each blind to the others; next to no padding.
+
+    row_tokens: width of a row; one longer completion makes all rows as wide as itself. Positions restart at 0, and
+    without an attention mask transformers reads from them where a sequence begins (it has that for packed training).
+    """
+
+    row_tokens: int = 2048
+
+    def __call__(self, batch: TokenBatch) -> Rows:
+        """Raises ValueError where a prompt is empty, as ``plain_rows`` does."""
+        if len(batch) and not bool(batch.prompt_mask.any(dim=1).all()):
+            raise ValueError("every prompt needs at least one token, or nothing predicts the completion's first")
+        device, lengths = batch.group.device, batch.lengths.tolist()
+        width = max([*lengths, min(self.row_tokens, sum(lengths))])
+        starts = torch.tensor(_first_fit(lengths, width), dtype=torch.long, device=device)  # flat, into R·L
+        real = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
+        ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+        offsets = (real.cumsum(1) - 1).clamp_min(0)
+        places = (starts[:, None] + offsets)[real]
+        rows, columns = batch.completion_mask.nonzero(as_tuple=True)
+        height = (int(starts.max()) // width + 1) if len(batch) else 0
+        source = starts[rows] + batch.prompt_mask.sum(1)[rows] - 1 + columns
+        return Rows(
+            input_ids=ids.new_zeros(height * width).scatter(0, places, ids[real]).view(height, width),
+            attention_mask=None,
+            position_ids=offsets.new_zeros(height * width).scatter(0, places, offsets[real]).view(height, width),
+            source=source,
+            target=batch.completion_ids[rows, columns],
+            place=rows * batch.completion_ids.shape[1] + columns,
+            shape=(len(batch), batch.completion_ids.shape[1]),
+        )
+
+
+def _first_fit(lengths: list[int], width: int) -> list[int]:
+    """Flat start of every sequence in rows of ``width``: longest first, each into the first row with room for it."""
+    used: list[int] = []
+    starts = [0] * len(lengths)
+    for index in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        row = next((row for row, taken in enumerate(used) if taken + lengths[index] <= width), len(used))
+        if row == len(used):
+            used.append(0)
+        starts[index] = row * width + used[row]
+        used[row] += lengths[index]
+    return starts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -135,8 +135,18 @@ def add_lora(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
             raise UserError(f"policy.lora.targets={spec.targets}: {_first_line(error)}") from error
 
 
-def export(model: nn.Module, tokenizer: Any, folder: Path, *, stop_ids: Sequence[int], card: str) -> None:
+def export(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    stop_ids: Sequence[int],
+    card: str,
+    extra: Callable[[Path], None] | None = None,
+) -> None:
     """Writes a transformers folder (weights, tokenizer, generation config, model card), whole or not at all.
+
+    ``extra`` adds what else belongs into the folder while it is still being staged.
 
     Weights keep the type they were loaded in. Call on one rank, with the weights gathered.
     """
@@ -150,6 +160,8 @@ def export(model: nn.Module, tokenizer: Any, folder: Path, *, stop_ids: Sequence
         _complete_adapter(model, staging)
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
+    if extra is not None:
+        extra(staging)
     if folder.exists():
         shutil.rmtree(folder)
     staging.rename(folder)

@@ -49,7 +49,9 @@ class ScoredModel(nn.Module):
     def has_adapter(self) -> bool:
         return hasattr(self.causal_lm, "disable_adapter")
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, source: Tensor) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, source: Tensor
+    ) -> Tensor:
         """[n, H]: final hidden states at the flat positions ``source``."""
         inner = self._inner()
         decoder = getattr(inner, inner.base_model_prefix)
@@ -60,7 +62,7 @@ class ScoredModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         position_ids: Tensor,
         source: Tensor,
         target: Tensor,

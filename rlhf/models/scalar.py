@@ -41,6 +41,7 @@ class ScalarModel(nn.Module):
 
 def scalar_scores(model: nn.Module, rows: Rows) -> Tensor:
     """[R] scores of laid-out rows through a (wrapped) ``ScalarModel``."""
+    assert rows.attention_mask is not None  # the last real token of a row is found by it
     flat = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids)
     return cast(Tensor, flat["scores"])
 

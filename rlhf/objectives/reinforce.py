@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf.interfaces import Collective, Need, StatsRequest, TokenStats, TrainState, Unit
-from rlhf.maths import baselines, kl, losses
+from rlhf.maths import baselines, kl, losses, variance
 from rlhf.rollout import Rollout, TokenBatch
 
 Baseline = Literal[
@@ -34,6 +34,8 @@ class Reinforce:
     beta: KL coefficient. estimator: ``k1`` (the sampled log-ratio, in the reward, no gradient) or ``exact`` (full
     vocabulary, differentiated, plus the future KL in the advantage; design: docs/algorithms.md). credit: ``sequence``
     or ``to_go`` (not read by ``exact``). loss_beta, loss_estimator: a second KL term inside the loss.
+    skip_zero_variance: groups whose rewards are all equal leave the step (Yu et al. 2025, §3.2, without sampling anew);
+    with a KL penalty that biases it toward prompts whose completions differ.
     """
 
     beta: float = 0.05
@@ -43,6 +45,7 @@ class Reinforce:
     loss_beta: float = 0.0
     loss_estimator: Literal["k2", "k3", "exact_local"] = "k2"
     temperature: float = 1.0
+    skip_zero_variance: bool = False
     name: str = "reinforce"
     unit: Unit = "group"
 
@@ -86,10 +89,14 @@ class Reinforce:
         """
         if rollout.rewards is None:
             raise ValueError("score the rollout before prepare")
+        rewards = rollout.rewards
+        if self.skip_zero_variance:
+            alike = variance.zero_variance(rewards, rollout.group, rollout.valid)
+            rollout = replace(rollout, valid=rollout.valid & ~alike)
         signal = self._signal(rollout)
         everywhere = _Everywhere.of(rollout, signal, collective)
         baseline = self._baseline(rollout, signal, everywhere, state)
-        advantages = baselines.advantages(rollout.rewards, baseline, rollout.valid)
+        advantages = baselines.advantages(rewards, baseline, rollout.valid)
         if self.baseline == "moving_average":
             state = replace(
                 state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,7 +10,20 @@ from torch import Tensor
 
 from rlhf.interfaces import Need, StatsRequest, TokenStats, Unit
 from rlhf.maths import losses
-from rlhf.rollout import TokenBatch
+from rlhf.rollout import TokenBatch, pad_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationBatch(TokenBatch):
+    """Given completions. counted: [B, C] bool, the tokens to imitate: with several replies in a row, all of theirs."""
+
+    counted: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[int], Sequence[bool]]]) -> DemonstrationBatch:
+        """From (prompt ids, completion ids, which of these are imitated) of each row."""
+        counted, _ = pad_rows([row[2] for row in rows], side="right")
+        return cls.from_ids([row[0] for row in rows], [row[1] for row in rows], counted=counted.bool())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +42,12 @@ class Demonstrations:
     request: StatsRequest = field(default_factory=StatsRequest)
 
     def count(self, batch: TokenBatch) -> Tensor:
-        tokens = batch.completion_mask & batch.valid[:, None]
-        return tokens.sum() if self.per == "token" else batch.valid.sum()
+        assert isinstance(batch, DemonstrationBatch)
+        return (batch.counted & batch.valid[:, None]).sum() if self.per == "token" else batch.valid.sum()
 
     def loss_sum(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
-        return {self.name: losses.nll_sum(stats.logprobs, batch.completion_mask, batch.valid)}
+        assert isinstance(batch, DemonstrationBatch)
+        return {self.name: losses.nll_sum(stats.logprobs, batch.counted, batch.valid)}
 
 
 @dataclass(frozen=True, kw_only=True)

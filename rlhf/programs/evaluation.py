@@ -67,7 +67,7 @@ class Evaluation:
         gathered = [row for part in runtime.gather_objects(rows) for row in part]
         gathered.sort(key=lambda row: int(row["slot"]))
         self.session.samples(step, lambda: [{**row, "phase": phase} for row in gathered])
-        self.session.log(step, summarize(gathered))
+        self.session.evaluated(step, {**summarize(gathered), "eval/temperature": self.temperature})
 
     def _stats(self, model: nn.Module, rollout: Rollout) -> TokenStats:
         request = StatsRequest(temperature=self.temperature, entropy=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from rlhf.errors import ExitCode, UserError
 from rlhf.interfaces import TrainState
 from rlhf.models import load
 from rlhf.models.chat import stop_ids
+from rlhf.programs.keeper import Keeper, write_record
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe, local_inputs
 from rlhf.runtime import distributed
@@ -141,6 +144,7 @@ def _run(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> int:
         )
         with session.listening():
             job = assemble.build(recipe, session)
+            session.keeper = _keeper(recipe, runtime, job, directory)
             tracker.set_total(job.steps)
             state = TrainState()
             if directory.resume_from is not None:
@@ -148,22 +152,37 @@ def _run(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> int:
                 tracker.note(f"resumed from {directory.resume_from.name}")
             state = job.train(state)
         job.finish(job.model)
-        _export(recipe, runtime, job, directory)
+        _export(recipe, runtime, job, directory.path / "final")
         status = "finished"
         return state.step
     finally:
         tracker.close(status)
 
 
-def _export(recipe: Recipe, runtime: Runtime, job: assemble.Job, directory: RunDirectory) -> None:
-    """``final/``: a transformers folder with weights, tokenizer, generation config and model card."""
+def _keeper(recipe: Recipe, runtime: Runtime, job: assemble.Job, directory: RunDirectory) -> Keeper | None:
+    """What writes ``best/`` where the recipe asks for it."""
+    if recipe.eval.keep_best is None:
+        return None
+    folder = directory.path / "best"
+
+    def keep(record: Mapping[str, float | int | str]) -> None:
+        job.finish(job.model)
+        _export(recipe, runtime, job, folder, partial(write_record, record=record))
+
+    return Keeper(recipe.eval.keep_best, folder, keep)
+
+
+def _export(
+    recipe: Recipe, runtime: Runtime, job: assemble.Job, folder: Path, extra: Callable[[Path], None] | None = None
+) -> None:
+    """A transformers folder with weights, tokenizer, generation config and model card."""
     inner: Any = distributed.unwrap(job.model)
     model: Any = getattr(inner, "causal_lm", None) or inner.classifier
     with runtime.gathered(job.model):
         if runtime.main:
             stops = stop_ids(job.tokenizer, getattr(model, "generation_config", None))
-            card = _card(recipe, directory.path)
-            load.export(model, job.tokenizer, directory.path / "final", stop_ids=stops, card=card)
+            card = _card(recipe, folder.parent)
+            load.export(model, job.tokenizer, folder, stop_ids=stops, card=card, extra=extra)
     runtime.barrier()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.interfaces import Collective, TokenStats
+from rlhf.maths import variance
 from rlhf.rollout import Rollout
 from rlhf.runtime.updater import UpdateReport
 
@@ -76,6 +77,7 @@ def rollout_metrics(rollout: Rollout, stats: TokenStats, beta: float, collective
         "completion/eos_rate": _over(rollout.finished, rows),
         "completion/distinct_rate": (torch.tensor(float(len(set(rollout.texts))), device=kl.device), rows.sum()),
         "reward/valid_rate": _over(valid, rows),
+        "reward/zero_variance_rate": _over(variance.zero_variance(rollout.rewards, rollout.group, valid), valid),
     }
     if stats.entropy is not None:
         sums["policy/entropy"] = (torch.where(mask, stats.entropy, 0.0).sum(), mask.sum())

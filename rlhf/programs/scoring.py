@@ -11,10 +11,11 @@ from torch import nn
 
 from rlhf.data.examples import Preference
 from rlhf.interfaces import Collective, StatsRequest, TokenStats
+from rlhf.models.chat import Dialogue
 from rlhf.models.layout import plain_rows
 from rlhf.models.policy import token_stats
 from rlhf.models.scalar import scalar_stats
-from rlhf.objectives.supervised import PairBatch
+from rlhf.objectives.supervised import DemonstrationBatch, PairBatch
 from rlhf.programs.measure import global_means
 from rlhf.programs.streams import pair_batch
 from rlhf.rollout import TokenBatch
@@ -28,16 +29,16 @@ def own_part(rows: Sequence[Any], runtime: Collective) -> list[Any]:
 
 
 def demonstration_loss(
-    model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], budget_tokens: int, runtime: Runtime
+    model: nn.Module, rows: Sequence[Dialogue], budget_tokens: int, runtime: Runtime
 ) -> dict[str, float]:
     """``eval/loss``: nats per trained token on held-out demonstrations."""
     if not rows:
         return {}
     mine = own_part(rows, runtime)
-    batch = TokenBatch.from_ids([row[0] for row in mine], [row[1] for row in mine]).to(runtime.device)
+    batch = DemonstrationBatch.of(mine).to(runtime.device)
     request = StatsRequest()
     found = microbatches.score(batch, lambda b: token_stats(model, plain_rows(b), request), budget_tokens, runtime)
-    return global_means({"eval/loss": (-found.logprobs.sum(), batch.completion_mask.sum())}, runtime)
+    return global_means({"eval/loss": (-found.logprobs[batch.counted].sum(), batch.counted.sum())}, runtime)
 
 
 def pair_metrics(batch: PairBatch, stats: TokenStats, runtime: Collective) -> dict[str, float]:

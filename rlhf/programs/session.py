@@ -15,6 +15,7 @@ from torch import nn
 
 from rlhf.errors import ExitCode, UserError
 from rlhf.interfaces import TrainState
+from rlhf.programs.keeper import Keeper
 from rlhf.runtime import checkpoint as store
 from rlhf.runtime import training_state
 from rlhf.runtime.distributed import Runtime
@@ -45,6 +46,7 @@ class Session:
     keep: int
     max_seconds: float | None = None
     guard: Guard = field(default_factory=Guard)
+    keeper: Keeper | None = None
     last_step: int = 0
     started: float = field(default_factory=time.monotonic)
     signals: list[int] = field(default_factory=list)
@@ -53,6 +55,12 @@ class Session:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.last_step = step
         self.tracker.log(step, metrics)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs held-out metrics, the same on every rank, and keeps the weights where they are the best so far."""
+        self.log(step, metrics)
+        if self.keeper is not None:
+            self.keeper.see(step, metrics)
 
     def note(self, text: str) -> None:
         """One line for the person at the terminal."""

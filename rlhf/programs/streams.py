@@ -11,10 +11,10 @@ import torch
 from rlhf.data.examples import Demonstration, Preference
 from rlhf.data.order import positions
 from rlhf.interfaces import TokenStats
-from rlhf.models.chat import render_completion, render_prompt
+from rlhf.models.chat import Dialogue, render_completion, render_dialogue, render_prompt
 from rlhf.models.layout import plain_rows
 from rlhf.models.reference import Reference
-from rlhf.objectives.supervised import Demonstrations, PairBatch
+from rlhf.objectives.supervised import DemonstrationBatch, Demonstrations, PairBatch
 from rlhf.programs.measure import global_means
 from rlhf.rollout import Prompt, TokenBatch
 from rlhf.runtime import microbatches
@@ -37,27 +37,37 @@ class ShuffledPrompts:
         return [self.prompts[rows[slot]] for slot in slots], list(slots)
 
 
-def demonstration_ids(example: Demonstration, tokenizer: Any, *, completion_only: bool) -> tuple[list[int], list[int]]:
-    """(conditioning ids, ids that are trained on). With ``completion_only`` false only the first id is given."""
+def demonstration_ids(
+    example: Demonstration, tokenizer: Any, *, completion_only: bool, every_turn: bool
+) -> tuple[Dialogue, bool]:
+    """The row of a demonstration, and whether it holds every reply that was asked for.
+
+    ``completion_only``: the replies are imitated, else everything after the first id. ``every_turn``: all assistant
+    turns of a conversation, else the last one.
+    """
+    several = completion_only and every_turn and any(turn.role == "assistant" for turn in example.prompt.turns)
+    dialogue = render_dialogue(tokenizer, example.prompt, example.completion) if several else None
+    if dialogue is not None:
+        return dialogue, True
     prompt = render_prompt(tokenizer, example.prompt)
     completion = render_completion(tokenizer, example.prompt, example.completion)
     if not completion_only:
         prompt, completion = prompt[:1], prompt[1:] + completion
-    return prompt, completion
+    return Dialogue(prompt, completion, [True] * len(completion)), not several
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffledDemonstrations:
     """A step's tokenised demonstrations."""
 
-    rows: Sequence[tuple[list[int], list[int]]]
+    rows: Sequence[Dialogue]
     per_step: int
     seed: int
     own: slice
 
-    def at(self, step: int) -> TokenBatch:
+    def at(self, step: int) -> DemonstrationBatch:
         chosen = positions(step, self.per_step, len(self.rows), self.seed)[self.own]
-        return TokenBatch.from_ids([self.rows[i][0] for i in chosen], [self.rows[i][1] for i in chosen])
+        return DemonstrationBatch.of([self.rows[i] for i in chosen])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +95,8 @@ class InstructionTerms:
             return self.reference.stats(plain_rows(part), self.objective.request)
 
         known = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime).logprobs
-        counted = batch.completion_mask & batch.valid[:, None]
+        assert isinstance(batch, DemonstrationBatch)
+        counted = batch.counted & batch.valid[:, None]
         lost = torch.where(counted, known - stats.logprobs, 0.0).sum()
         return global_means({"kl/instruction": (lost, batch.valid.sum())}, self.runtime)
 

@@ -54,7 +54,7 @@ def train(run: SupervisedRun, state: TrainState) -> TrainState:
         )
         session.log(step, {**_metrics(run, batch, report), **clock.metrics(rows, tokens)})
         if step == run.steps or (run.eval_every and step % run.eval_every == 0):
-            session.log(step, run.evaluate(run.model))
+            session.evaluated(step, run.evaluate(run.model))
         session.guard.check(step, applied=report.applied)
         session.checkpoint(step, state, run.model, run.updater.optimizer, last=step == run.steps)
     return state

@@ -224,6 +224,9 @@ def _model_paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         for index, model in enumerate(recipe.reward.models):
             if model.path is not None:
                 yield ("reward", "models", index, "path"), model.path
+    if on_policy(recipe):
+        for index, judge in enumerate(recipe.eval.models):
+            yield ("eval", "models", index, "path"), judge.path
 
 
 def _data_paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -244,8 +247,9 @@ def _calls(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if reads(recipe, "reward"):
         for index, function in enumerate(recipe.reward.functions):
             yield ("reward", "functions", index, "call"), function.call
-    for index, call in enumerate(recipe.eval.functions):
-        yield ("eval", "functions", index), call
+    if on_policy(recipe):
+        for index, call in enumerate(recipe.eval.functions):
+            yield ("eval", "functions", index), call
     for key, source in _sources(recipe):
         if is_dotted(source.format):
             yield (*key, "format"), source.format

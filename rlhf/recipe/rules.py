@@ -15,6 +15,12 @@ from rlhf.recipe.wording import near, shown
 
 RULES: list[Rule] = []
 
+# What an evaluation of each objective writes (docs/metrics.md), beside the scores of every source.
+_EVALUATED = {
+    "reinforce": ("eval/reward_mean", "eval/kl_reference", "eval/length_mean", "eval/eos_rate"),
+    "sft": ("eval/loss",),
+    "reward": ("eval/accuracy", "eval/margin", "eval/score_mean"),
+}
 _GROUP_BASELINES = ("leave_one_out", "shrinkage", "optimal_token")
 
 
@@ -240,12 +246,6 @@ def completions_are_decoded_here(recipe: Recipe) -> Iterator[Problem]:
 
 
 @rule
-def rows_are_not_packed(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.objective == "sft" and recipe.sft.packing:
-        yield Problem(("sft", "packing"), "not in this version; set false")
-
-
-@rule
 def nothing_is_pushed(recipe: Recipe) -> Iterator[Problem]:
     if recipe.checkpoint.hub_id is not None:
         yield Problem(
@@ -263,14 +263,23 @@ def every_pair_of_a_prompt_counts(recipe: Recipe) -> Iterator[Problem]:
 
 
 @rule
-def evaluation_is_by_the_reward(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.eval.functions:
-        yield Problem(
-            ("eval", "functions"),
-            "not in this version; add it to reward.functions with weight 0: logged, not trained on",
-        )
-    if recipe.eval.keep_best is not None:
-        yield Problem(("eval", "keep_best"), "not in this version; set null (`final/` is the last step)")
+def the_best_can_be_found(recipe: Recipe) -> Iterator[Problem]:
+    """The best of something that is never measured would be nothing, and nobody would notice."""
+    name = recipe.eval.keep_best
+    if name is None:
+        return
+    if not recipe.data.eval or recipe.eval.every_steps is None:
+        missing = "data.eval is empty" if not recipe.data.eval else "eval.every_steps is null"
+        yield Problem(("eval", "keep_best"), f"{missing}, so {name} is not measured on the way; set it, or null here")
+    known = _EVALUATED.get(recipe.objective, () if not on_policy(recipe) else _EVALUATED["reinforce"])
+    judged = [item.call.partition(":")[2] for item in recipe.reward.functions]
+    judged += [call.partition(":")[2] for call in recipe.eval.functions]
+    names = (*known, *(f"eval/{judge}_mean" for judge in judged))
+    models = on_policy(recipe) and (recipe.reward.models or recipe.eval.models)
+    if name not in names and not (models and name.endswith("_mean")):
+        close = near(name, names)
+        hint = f"did you mean {close}? " if close else ""
+        yield Problem(("eval", "keep_best"), f"{shown(name)} is not measured; {hint}There are {', '.join(names)}")
 
 
 # The data

@@ -166,6 +166,13 @@ class RewardFunction(Section):
     weight: float = Field(default=1.0, description="Added as weight · score; 0 = logged, not trained on.")
 
 
+class Overlong(Section):
+    """A price for length: rewards fall by `per_token` for every completion token beyond `from_tokens`."""
+
+    from_tokens: Count = Field(description="Completions up to this length pay nothing (tokens).")
+    per_token: Positive = Field(description="Reward lost per token beyond it.")
+
+
 class Reward(Section):
     """Where scores come from and how they become one number."""
 
@@ -176,6 +183,7 @@ class Reward(Section):
         description="Over models: Σw·s/Σw, the lowest, or mean − variance. Functions are added afterwards.",
     )
     clip: Positive | None = Field(default=None, description="Rewards are clipped to ± this.")
+    overlong: Overlong | None = Field(default=None, description="Length shaping, after `clip`; null = length is free.")
     missing_eos_score: float | None = Field(
         default=-1.0, description="Replaces the score of a completion without a stop token; null = leave it."
     )
@@ -185,6 +193,9 @@ class DataSource(Section):
     """One source of rows."""
 
     path: str = Field(min_length=1, description="Hub id, local file or folder, or `package.module:function`.")
+    subset: str | None = Field(
+        default=None, min_length=1, description="Configuration of a hub data set, such as `main`."
+    )
     split: str = Field(
         default="train", min_length=1, description="Split of a hub data set or folder; not read for a file."
     )
@@ -253,6 +264,9 @@ class ReinforceSettings(Section):
 
     baseline: Baseline = Field(default="leave_one_out", description="What is subtracted from the reward.")
     updates_per_rollout: Count = Field(default=1, description="Optimizer steps per rollout.")
+    skip_zero_variance: bool = Field(
+        default=False, description="Leave out groups whose rewards are all equal (they carry the KL gradient alone)."
+    )
 
 
 class Ppo(Section):
@@ -279,6 +293,9 @@ class Sft(Section):
     """Settings of objective `sft`."""
 
     completion_only: bool = Field(default=True, description="Only completion tokens count in the loss.")
+    turns: Literal["all", "last"] = Field(
+        default="all", description="Of a conversation with several replies: imitate all of them, or the last."
+    )
     epochs: Count = Field(default=1, description="Passes over `data.train`, unless `run.steps` is set.")
     packing: bool = Field(default=False, description="Several rows in one sequence.")
 
@@ -309,15 +326,34 @@ class Batch(Section):
     microbatch_tokens: Count = Field(default=16384, description="Tokens of one forward and backward.")
 
 
+class EvalModel(Section):
+    """A reward model that judges held-out completions and is never trained on."""
+
+    path: str = Field(min_length=1, description="Hub id or local folder.")
+    microbatch_tokens: Count | None = Field(
+        default=None, description="Tokens of one forward; null = `batch.microbatch_tokens`."
+    )
+
+
 class Eval(Section):
     """Measuring on `data.eval` while training."""
 
     every_steps: Count | None = Field(default=50, description="null = only at the end.")
     samples: Count = Field(default=64, description="Held-out prompts.")
-    functions: Annotated[tuple[Dotted, ...], _LIST] = Field(
-        default=(), description="`package.module:function`, logged only."
+    temperature: Positive | None = Field(
+        default=None, description="Of held-out completions; null = `rollout.temperature`."
     )
-    keep_best: str | None = Field(default=None, min_length=1, description="Metric whose best checkpoint is kept.")
+    models: Annotated[tuple[EvalModel, ...], _LIST] = Field(
+        default=(), description="Second reward models: they judge held-out completions only."
+    )
+    functions: Annotated[tuple[Dotted, ...], _LIST] = Field(
+        default=(), description="Reward functions that judge held-out completions only."
+    )
+    keep_best: str | None = Field(
+        default=None,
+        pattern=r"^eval/[A-Za-z0-9_./-]+$",
+        description="Metric (`eval/…`) whose best weights are kept in `best/`; of `eval/loss` and KL the lowest.",
+    )
 
 
 class Checkpoint(Section):

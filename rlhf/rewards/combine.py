@@ -25,7 +25,8 @@ class RewardSet:
     models: (source, weight). Over those with a weight other than 0, ``combine`` gives mean = Σw·s/Σw, min, or uwo =
     mean - ½·variance, the uncertainty-weighted optimisation of Coste et al. (2023) with Σw·(s-mean)²/Σw as variance.
     functions: added as weight · score. A source of weight 0 is scored and logged, and takes no part in reward or
-    validity. clip: rewards are clipped to ±clip. missing_eos_score: then replaces the reward of every completion
+    validity. clip: rewards are clipped to ±clip. overlong: (tokens, price), taken off for every token beyond; a soft
+    limit (Yu et al. 2025, §3.4, in its linear form). missing_eos_score: then replaces the reward of every completion
     without a stop token, scorable or not; None = leave it.
 
     Raises UserError when no source has a weight, or the models' weights sum to 0.
@@ -35,6 +36,7 @@ class RewardSet:
     functions: Sequence[FunctionReward] = ()
     combine: Combine = "mean"
     clip: float | None = None
+    overlong: tuple[int, float] | None = None
     missing_eos_score: float | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +61,7 @@ class RewardSet:
         rewards = self._combined(scored)
         if self.clip is not None:
             rewards = rewards.clamp(-self.clip, self.clip)  # NaN stays NaN
+        rewards = rewards - self._length_price(rollout)
         if self.missing_eos_score is not None:
             rewards = torch.where(rollout.finished, rewards, self.missing_eos_score)
         valid = rollout.valid & rewards.isfinite()
@@ -67,8 +70,8 @@ class RewardSet:
     def metrics(self, rollout: Rollout, collective: Collective | None = None) -> dict[str, float]:
         """Counts over a scored rollout (summed over ranks), and what functions logged on this rank in their last call.
 
-        Keys: ``reward/{unscorable,missing_eos,clipped}_rows``, ``reward/<source>/unscorable_rows`` where there are
-        any, ``reward/<function>/<metric>``.
+        Keys: ``reward/{unscorable,missing_eos,clipped}_rows``; ``reward/overlong_rows`` and
+        ``reward/<source>/unscorable_rows`` where there are any; ``reward/<function>/<metric>``.
         """
         counts = {"reward/unscorable_rows": ~rollout.valid}
         replaced = ~rollout.finished if self.missing_eos_score is not None else torch.zeros_like(rollout.finished)
@@ -76,6 +79,7 @@ class RewardSet:
         limit = torch.inf if self.clip is None else self.clip
         counts["reward/clipped_rows"] = (self._combined(rollout).abs() > limit) & ~replaced
         always = len(counts)
+        counts["reward/overlong_rows"] = self._length_price(rollout) > 0
         counts |= {f"reward/{name}/unscorable_rows": score.isnan() for name, score in rollout.scores.items()}
         totals = (collective or Alone()).sum(torch.stack([rows.sum() for rows in counts.values()])).tolist()
         found = zip(counts, totals, strict=True)
@@ -100,6 +104,14 @@ class RewardSet:
         for source in sources:
             seen[source.name] = seen.get(source.name, 0) + 1
             yield source.name if seen[source.name] == 1 else f"{source.name}-{seen[source.name]}", source
+
+    def _length_price(self, rollout: Rollout) -> Tensor:
+        """[B] what the completion's tokens beyond the limit cost."""
+        lengths = rollout.completion_mask.sum(1).float()
+        if self.overlong is None:
+            return torch.zeros_like(lengths)
+        limit, price = self.overlong
+        return price * (lengths - limit).clamp(min=0)
 
     def _combined(self, rollout: Rollout) -> Tensor:
         """[B] reward before clipping and replacement; NaN where a source with a weight could not score the row."""

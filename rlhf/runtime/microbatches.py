@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +23,41 @@ class Microbatch:
     filler: bool = False
 
 
-def split(batch: TokenBatch, budget_tokens: int, collective: Collective | None = None) -> list[Microbatch]:
-    """Longest units first, greedily packed while (rows × padded width) stays within ``budget_tokens``.
+class Size(NamedTuple):
+    """What a microbatch holds: its rows, its longest prompt and completion, and its real tokens."""
+
+    rows: int
+    prompt: int
+    completion: int
+    tokens: int
+
+    def joined(self, other: Size) -> Size:
+        longest = max(self.prompt, other.prompt), max(self.completion, other.completion)
+        return Size(self.rows + other.rows, *longest, self.tokens + other.tokens)
+
+
+Cost = Callable[[Size], int]
+
+
+def padded_tokens(size: Size) -> int:
+    """Tokens of a forward that pads every row to the longest."""
+    return size.rows * (size.prompt + size.completion)
+
+
+def real_tokens(size: Size) -> int:
+    """Tokens of a forward that packs its rows."""
+    return size.tokens
+
+
+def split(
+    batch: TokenBatch, budget_tokens: int, collective: Collective | None = None, cost: Cost = padded_tokens
+) -> list[Microbatch]:
+    """Longest units first, greedily packed while their ``cost`` in tokens stays within ``budget_tokens``.
 
     A single unit larger than the budget is a microbatch of its own. Every rank gets the same number of microbatches
     (the largest over ranks), the missing ones as fillers. The split is a pure function of the lengths and groups.
     """
-    cuts = _pack(_units(batch), batch.prompt_mask.sum(1), batch.completion_mask.sum(1), budget_tokens)
+    cuts = _pack(_units(batch), batch.prompt_mask.sum(1), batch.completion_mask.sum(1), budget_tokens, cost)
     microbatches = [Microbatch(batch.select(rows), rows) for rows in cuts]
     if collective is not None and collective.world_size > 1:
         count = torch.tensor(len(microbatches), device=batch.group.device)
@@ -45,21 +74,24 @@ def _units(batch: TokenBatch) -> list[list[int]]:
     return list(units.values())
 
 
-def _pack(units: list[list[int]], prompts: Tensor, completions: Tensor, budget: int) -> list[Tensor]:
+def _pack(units: list[list[int]], prompts: Tensor, completions: Tensor, budget: int, cost: Cost) -> list[Tensor]:
     p, c = prompts.tolist(), completions.tolist()
-    sized = [(max(p[row] for row in unit), max(c[row] for row in unit), unit) for unit in units]
-    sized.sort(key=lambda item: (-(item[0] + item[1]), item[2][0]))  # ties by position: reproducible
+    sized = [(_size([p[row] for row in unit], [c[row] for row in unit]), unit) for unit in units]
+    sized.sort(key=lambda item: (-(item[0].prompt + item[0].completion), item[1][0]))  # ties by position: reproducible
     cuts: list[list[int]] = []
-    width_p = width_c = 0
-    for prompt, completion, unit in sized:
-        grown_p, grown_c = max(width_p, prompt), max(width_c, completion)
-        if cuts and (len(cuts[-1]) + len(unit)) * (grown_p + grown_c) <= budget:
+    held = Size(0, 0, 0, 0)
+    for size, unit in sized:
+        if cuts and cost(held.joined(size)) <= budget:
             cuts[-1].extend(unit)
-            width_p, width_c = grown_p, grown_c
+            held = held.joined(size)
         else:
             cuts.append(list(unit))
-            width_p, width_c = prompt, completion
+            held = size
     return [torch.tensor(rows, dtype=torch.long) for rows in cuts]
+
+
+def _size(prompts: list[int], completions: list[int]) -> Size:
+    return Size(len(prompts), max(prompts), max(completions), sum(prompts) + sum(completions))
 
 
 def _filler(like: Microbatch) -> Microbatch:

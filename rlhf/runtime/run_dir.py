@@ -36,7 +36,7 @@ RECIPE, RUN, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
 LOGS = ("metrics.jsonl", "samples.jsonl")
 Status = Literal["running", "finished", "failed", "preempted"]
 
-_OURS = (RUN, CHECKPOINTS, "final", *LOGS)
+_OURS = (RUN, CHECKPOINTS, "final", "best", *LOGS)
 _NO_STEP = -1  # rows of step 0 (the evaluation before training) survive a resume, but not a fresh start
 _held: weakref.WeakSet[TextIO] = weakref.WeakSet()
 

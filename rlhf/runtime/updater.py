@@ -20,7 +20,7 @@ from rlhf.models.policy import token_stats
 from rlhf.models.reference import Reference
 from rlhf.rollout import TokenBatch
 from rlhf.runtime.distributed import Runtime
-from rlhf.runtime.microbatches import Collected, Microbatch, split
+from rlhf.runtime.microbatches import Collected, Cost, Microbatch, padded_tokens, split
 
 
 class Forward(Protocol):
@@ -83,6 +83,7 @@ class Updater:
     forward: Forward
     microbatch_tokens: int
     max_grad_norm: float | None = 1.0
+    cost: Cost = padded_tokens
 
     def step(self, terms: Sequence[Term], optimizer_step: int) -> UpdateReport:
         """Raises nothing on non-finite gradients: the step is skipped on all ranks and reported."""
@@ -90,7 +91,7 @@ class Updater:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses: dict[str, Tensor] = {}
-        work = [(term, self._count(term), split(term.batch, self.microbatch_tokens, self.runtime)) for term in terms]
+        work = [(term, self._count(term), self._cut(term)) for term in terms]
         collected = [Collected(len(term.batch), term.batch.completion_ids.shape[1]) for term in terms]
         last = sum(len(cuts) for _, _, cuts in work) - 1
         done = 0
@@ -112,6 +113,9 @@ class Updater:
             microbatches=done,
             stats=tuple(kept.stats() for kept in collected),
         )
+
+    def _cut(self, term: Term) -> list[Microbatch]:
+        return split(term.batch, self.microbatch_tokens, self.runtime, self.cost)
 
     def _count(self, term: Term) -> Tensor:
         count = term.objective.count(term.batch).to(self.runtime.device, torch.float64)

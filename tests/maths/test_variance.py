@@ -76,3 +76,11 @@ def test_second_moment_by_hand() -> None:
     assert found.item() == 4 * 3 + 9 * 3
     per_token = torch.tensor([[2.0, 1.0], [3.0, float("nan")], [9.0, 9.0]])
     assert variance.second_moment_sum(per_token, norms, mask, valid).item() == 4 + 2 + 27
+
+
+def test_zero_variance_groups_are_those_whose_valid_rewards_agree() -> None:
+    """Group 0 agrees; group 1 differs; group 2 agrees once its unscorable row is left out; group 3 is a single row."""
+    rewards = torch.tensor([1.0, 1.0, 2.0, 3.0, 4.0, 4.0, math.nan, 5.0])
+    group = torch.tensor([7, 7, 3, 3, 9, 9, 9, 1])
+    alike = variance.zero_variance(rewards, group, rewards.isfinite())
+    assert alike.tolist() == [True, True, False, False, True, True, False, False]

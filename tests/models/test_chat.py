@@ -183,3 +183,47 @@ def test_the_settings_of_a_tokenizer_count_when_many_texts_are_encoded(gemma: An
     assert chat.encode_texts(gemma, texts) == one_by_one
     gemma.backend_tokenizer.enable_truncation(2)  # as a tokenizer.json may have it
     assert chat.encode_texts(gemma, texts) == one_by_one
+
+
+# ---- conversations with several replies
+
+
+def replies(tokenizer: Any, row: chat.Dialogue) -> list[str]:
+    """The runs of counted tokens, as text."""
+    runs: list[list[int]] = []
+    for at, (token, counts) in enumerate(zip(row.completion, row.counted, strict=True)):
+        if counts and (at == 0 or not row.counted[at - 1]):
+            runs.append([])
+        if counts:
+            runs[-1].append(token)
+    return [text_of(tokenizer, run) for run in runs]
+
+
+def test_every_reply_of_a_conversation_counts_and_nothing_else(gemma: Any) -> None:
+    prompt = conversation("hello", "well", "how is it going")
+    row = chat.render_dialogue(gemma, prompt, "thank you")
+    assert row is not None
+    assert replies(gemma, row) == ["well<end_of_turn>", "thank you<end_of_turn>"]
+    assert row.prompt == chat.render_prompt(gemma, conversation("hello"))
+    whole = [*chat.render_prompt(gemma, prompt), *chat.render_completion(gemma, prompt, "thank you")]
+    assert [*row.prompt, *row.completion] == whole  # the same ids as with the last reply alone
+
+
+def test_a_template_that_trims_replies_is_followed(chatml: Any) -> None:
+    row = chat.render_dialogue(chatml, conversation("hello", " well\n", "how is it going"), "thank you")
+    assert row is not None
+    assert replies(chatml, row) == ["well<|im_end|>", "thank you<|im_end|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_told_apart(gemma: Any) -> None:
+    """Earlier replies shown in capitals: trained on, they would be replies that no sampling gives."""
+    gemma.chat_template = chat_template_shouting()
+    assert chat.render_dialogue(gemma, conversation("hello", "well", "how is it going"), "thank you") is None
+
+
+def chat_template_shouting() -> str:
+    return (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n"
+        "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'] | upper }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+    )

@@ -173,7 +173,6 @@ MEANING: dict[str, Broken] = {
         recipe(reward="reward: {models: [{path: model, placement: zero3}]}"), "zero3 is not in this version", line=4
     ),
     "moving reference": b(recipe(reference="reference: {ema: 0.99}"), "reference.ema: a moving reference", line=6),
-    "packing": b(recipe(objective="objective: sft", sft="sft: {packing: true}"), "sft.packing: not in this version"),
     "other engine": b(recipe(rollout="rollout: {engine: vllm}"), "rollout.engine: vllm is not in this", line=6),
     "pushing": b(recipe(checkpoint="checkpoint: {hub_id: a/b}"), "pushing is not in this version", line=6),
     "no rows": b(recipe(data="data: {train: []}"), "no rows to train on", line=5),

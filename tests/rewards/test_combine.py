@@ -188,3 +188,15 @@ def test_sets_without_a_say_are_refused() -> None:
         RewardSet(models=[(Fixed("a", (1.0,)), 0.0)], functions=[function("f", [1.0], weight=0.0)])
     with pytest.raises(UserError, match=r"weights of reward.models \[1.0, -1.0\] sum to 0"):
         RewardSet(models=[(Fixed("a", (1.0,)), 1.0), (Fixed("b", (1.0,)), -1.0)])
+
+
+def test_length_is_paid_for_beyond_the_limit_after_clipping_and_not_where_the_stop_is_missing() -> None:
+    """Rows of 2 tokens, free up to 1, .25 a token: clip(3) = 1, minus .25; a cut completion has its own score."""
+    rewards = RewardSet(
+        functions=[function("f", [3.0, 0.5, 0.5])], clip=1.0, overlong=(1, 0.25), missing_eos_score=-1.0
+    )
+    scored = rewards.score(rollout(finished=[True, True, False]), step=1)
+    assert rewards_of(scored) == [0.75, 0.25, -1.0]
+    assert rewards.metrics(scored)["reward/overlong_rows"] == 3
+    free = RewardSet(functions=[function("f", [3.0, 0.5, 0.5])], overlong=(2, 0.25))
+    assert rewards_of(free.score(rollout(), step=1)) == [3.0, 0.5, 0.5]
