@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSpec:
-    """Where rows come from. ``subset``: configuration of a hub data set. ``weight`` multiplies how often the rows come in
-    an epoch; ``columns``: our name → theirs."""
+    """Where rows come from. ``subset``: a hub data set's configuration. ``weight`` multiplies how often rows come in an
+    epoch; ``columns``: our name → theirs."""
 
     path: str
     split: str = "train"

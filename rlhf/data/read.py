@@ -86,7 +86,7 @@ def _hub_rows(path: str, split: str, subset: str | None) -> Iterable[Any]:
 
     saved = any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))  # by save_to_disk
     try:
-        loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, subset, split=split)
+        loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, name=subset, split=split)
         if isinstance(loaded, datasets.DatasetDict):
             loaded = loaded[split]
     except Exception as error:  # the library raises a dozen unrelated kinds; all of them mean this one thing

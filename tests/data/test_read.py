@@ -123,7 +123,7 @@ def test_functions_that_cannot_be_used() -> None:
 def test_a_hub_set_that_cannot_be_loaded_names_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def unreachable(path: str, split: str) -> None:
+    def unreachable(path: str, name: str | None, split: str) -> None:
         raise ConnectionError("no route to the hub\nand a long trace")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
@@ -134,5 +134,9 @@ def test_a_hub_set_that_cannot_be_loaded_names_what_to_check(monkeypatch: pytest
 def test_a_hub_set_is_read_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: datasets.Dataset.from_list([{"text": split}]))
-    assert read_rows("org/name", "validation") == [{"text": "validation"}]
+    def load(path: str, name: str | None, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"text": f"{path} {name} {split}"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_rows("org/name", "validation") == [{"text": "org/name None validation"}]
+    assert read_rows("org/name", subset="main") == [{"text": "org/name main train"}]
