@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from rlhf import shipped
 from rlhf.errors import ExitCode, UserError
 from rlhf.spawn import EXIT_CODE_FILE, spawn
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 your input (no traceback), 70 diverged, 71 out of memory, 74 disk, "
     "75 reward source gone, 143 preempted after a save, 1 a bug of ours.",
 )
+app.add_typer(shipped.app, name="recipes")
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A file, or a shipped name such as `quickstart/reinforce`.")
@@ -126,16 +128,6 @@ def report(
 
 
 @app.command()
-def recipes() -> None:
-    """List the shipped recipes."""
-    from rlhf.locate import command_name, shipped_recipes
-
-    for name, file in shipped_recipes().items():
-        typer.echo(f"{name:<24}{_headline(file)}")
-        typer.echo(f"{'':<24}{command_name(file)}")
-
-
-@app.command()
 def env() -> None:
     """Print what a bug report needs: versions, devices, launch environment."""
     for package in ("rlhf", "torch", "transformers", "accelerate", "deepspeed", "datasets", "peft", "wandb", "vllm"):
@@ -192,12 +184,6 @@ def _summary(recipe: object) -> list[tuple[str, object]]:
         ("policy", policy),
         ("data", rows),
     ]
-
-
-def _headline(file: Path) -> str:
-    """The first comment line that is for people."""
-    lines = (line[1:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    return next((line for line in lines if not line.startswith("yaml-language-server")), "")
 
 
 def _version(package: str) -> str:

@@ -31,13 +31,23 @@ LEVELS = {
     "assemble": 4,
     "recipe": 5,
     "spawn": 6,
+    "shipped": 6,
     "cli": 6,
     "__init__": 6,
     "__main__": 7,
 }
 READS_THE_RECIPE = {"recipe", "programs", "assemble", "cli", "__init__", "__main__"}
 RECIPE_MAY_IMPORT = ("rlhf.errors", "rlhf.locate", "rlhf.objectives.presets", "rlhf.recipe")
-TORCH_FREE = ("rlhf", "rlhf.recipe", "rlhf.cli", "rlhf.spawn", "rlhf.errors", "rlhf.locate", "rlhf.objectives.presets")
+TORCH_FREE = (
+    "rlhf",
+    "rlhf.recipe",
+    "rlhf.cli",
+    "rlhf.spawn",
+    "rlhf.shipped",
+    "rlhf.errors",
+    "rlhf.locate",
+    "rlhf.objectives.presets",
+)
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "wandb", "matplotlib", "numpy")
 
 

@@ -18,6 +18,7 @@ from rlhf import spawn
 from rlhf.cli import app, main
 from rlhf.errors import ExitCode, UserError
 from rlhf.locate import accelerate_config_file, shipped_accelerate_configs, shipped_recipes
+from rlhf.recipe import load_recipe
 from tests.recipe.corpus import recipe
 
 
@@ -46,6 +47,42 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_recipes_lists_what_ships() -> None:
     shown = CliRunner().invoke(app, ["recipes"])
     assert all(name in shown.output for name in shipped_recipes())
+
+
+def test_a_recipe_is_shown_as_it_ships() -> None:
+    shown = CliRunner().invoke(app, ["recipes", "show", "quickstart/sft"])
+    assert shown.output == shipped_recipes()["quickstart/sft"].read_text(encoding="utf-8")
+    missing = run("recipes", "show", "quickstart/stf")
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert "did you mean quickstart/sft?" in missing.stderr
+
+
+def test_a_copied_recipe_is_valid_says_what_comes_next_and_overwrites_nothing(place: Path) -> None:
+    done = CliRunner().invoke(app, ["recipes", "copy", "quickstart/sft"])
+    assert done.exit_code == 0 and done.output.splitlines()[:2] == [
+        "copied to quickstart-sft.yaml",
+        "next: rlhf check quickstart-sft.yaml",
+    ]
+    assert load_recipe("quickstart-sft.yaml") == load_recipe("quickstart/sft")
+    first = (place / "quickstart-sft.yaml").read_text().split("\n")[0]
+    assert (place / first.partition("$schema=")[2]).resolve().name == "recipe.schema.json"
+    (place / "quickstart-sft.yaml").write_text("mine")
+    again = run("recipes", "copy", "quickstart/sft")
+    assert (again.returncode, again.stderr) == (
+        2,
+        "quickstart-sft.yaml exists and is not overwritten; name another file, or remove it\n",
+    )
+    assert (place / "quickstart-sft.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("destination", "lands"),
+    [("mine.yaml", "mine.yaml"), ("small", "small/reviews-sft.yaml"), ("new/mine.yaml", "new/mine.yaml")],
+)
+def test_a_copy_lands_where_it_was_asked_to(destination: str, lands: str, place: Path) -> None:
+    done = CliRunner().invoke(app, ["recipes", "copy", "reviews/sft", destination])
+    assert done.exit_code == 0 and f"next: rlhf check {lands}" in done.output
+    assert (place / lands).is_file()
 
 
 @pytest.mark.usefixtures("recipe_file")
