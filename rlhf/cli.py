@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -75,10 +73,15 @@ def train(
 
 
 @app.command()
-def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Look at this many rows of each source.")] = 10_000,
+) -> None:
     """Check a recipe without loading a model: every error at once, by file and line.
 
-    Prints what the run would do, the sections that its objective does not read, and remarks.
+    Prints what the run would do, the sections that its objective does not read, and remarks. Then it looks at the data:
+    rows used and dropped, the first example token by token, lengths.
     """
     from rlhf.objectives.presets import preset
     from rlhf.recipe import ignored_sections, load_recipe, remarks
@@ -94,8 +97,9 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
         typer.echo(f"{'not read':<11}{', '.join(ignored)} (another objective's; they stay legal)")
     for text in remarks(ready):
         typer.echo(f"{'remark':<11}{text}")
-    if find_spec("rlhf.programs.check") is not None:
-        import_module("rlhf.programs.check").describe_data(ready)
+    from rlhf.programs.check import describe_data
+
+    describe_data(ready, rows)
     typer.echo("The recipe is valid.")
 
 

@@ -25,6 +25,7 @@ from tests.recipe.corpus import recipe
 @pytest.fixture
 def recipe_file(place: Path) -> Path:
     (place / "r.yaml").write_text(recipe(objective="objective: sft", policy="policy: {scratch: {}}"))
+    (place / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     return place / "r.yaml"
 
 
@@ -93,6 +94,17 @@ def test_check_says_what_would_run_and_what_is_ignored() -> None:
     assert "gemma from scratch, 4 layers" in done.stdout
     assert "not read   reward, kl" in done.stdout
     assert "remark     data.eval is empty" in done.stdout
+    assert "rows       data.train.0 rows.jsonl: 1 of 1 rows used as completion" in done.stdout
+    assert done.stdout.endswith("The recipe is valid.\n")
+
+
+@pytest.mark.usefixtures("recipe_file")
+def test_check_refuses_rows_that_the_run_would_refuse() -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a"}\n')
+    done = run("check", "r.yaml")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("data.train.0: the rows have prompts and no replies to imitate")
+    assert "The recipe is valid." not in done.stdout
 
 
 @pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])
