@@ -12,6 +12,7 @@ import typer
 from rlhf import shipped
 from rlhf.errors import ExitCode, UserError
 from rlhf.spawn import EXIT_CODE_FILE, spawn
+from rlhf.tracking.redact import printable
 
 app = typer.Typer(
     name="rlhf",
@@ -129,6 +130,63 @@ def report(
     from rlhf.programs import report as program
 
     _leave(program.main(runs))
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as `runs/my-run-reinforce`.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be given again.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts as rows of a .jsonl file.", show_default=False)
+    ] = None,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the run's own held-out prompts.")] = 4,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Completions of each prompt.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", min=0, help="0 = always the most likely token.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Longest completion.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", min=0, help="Of the noise.", show_default=False)] = None,
+    side_by_side: Annotated[
+        bool | None,
+        typer.Option("--side-by-side/--alone", help="Beside the model that the run started from.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Read what a run writes: its completions, beside those of the model it started from.
+
+    `rlhf sample runs/quickstart-reinforce --prompt "Help me thank my aunt."`
+
+    Both draw with the same noise, so they differ only where the policy changed. What is not given is as in the run's
+    recipe; without prompts, the first held-out ones are taken. The scores are those of the run's reward.
+    """
+    from rlhf.programs.run_folder import Request, open_folder
+
+    request = Request(
+        prompts=tuple(prompt or ()),
+        file=file,
+        rows=rows,
+        count=count,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        side_by_side=side_by_side,
+    )
+    folder = open_folder(run)
+    request.check(folder)
+    from rlhf.programs import sample as program
+    from rlhf.programs import sample_show
+
+    found = program.samples(folder, request, lambda text: typer.echo(printable(text), err=as_json))
+    names = folder.path.resolve().name, folder.recipe.policy.path
+    if as_json:
+        for line in sample_show.json_lines(found, *names):
+            typer.echo(line)
+    else:
+        sample_show.show(found, *names)
 
 
 @app.command()

@@ -22,9 +22,11 @@ from rlhf.programs import streams
 from rlhf.programs.evaluation import Evaluation
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
+from rlhf.recipe.sections import RewardFunction as RewardFunctionEntry
+from rlhf.recipe.sections import RewardModel as RewardModelEntry
 from rlhf.rewards.combine import RewardSet
 from rlhf.rewards.functions import FunctionReward
-from rlhf.rewards.model import load_reward_model
+from rlhf.rewards.model import RewardModel, load_reward_model
 from rlhf.rollout import Prompt
 from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
@@ -47,30 +49,29 @@ def objective(recipe: Recipe) -> PolicyObjective:
     return cast(PolicyObjective, named_code(recipe.objective, "objective")(recipe))
 
 
+def reward_model(recipe: Recipe, runtime: Runtime, entry: RewardModelEntry) -> RewardModel:
+    return load_reward_model(
+        cast(str, entry.path),
+        device=runtime.device,
+        compute_dtype=models.compute_dtype(recipe),
+        microbatch_tokens=entry.microbatch_tokens or recipe.batch.microbatch_tokens,
+    )
+
+
+def reward_function(entry: RewardFunctionEntry, *, steps: int) -> FunctionReward:
+    return FunctionReward(
+        name=entry.call.partition(":")[2],
+        function=named_code(entry.call, "reward function"),
+        weight=entry.weight,
+        max_steps=steps,
+    )
+
+
 def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
     """Every reward source with its weight."""
     settings = recipe.reward
-    trained = [
-        (
-            load_reward_model(
-                cast(str, entry.path),
-                device=runtime.device,
-                compute_dtype=models.compute_dtype(recipe),
-                microbatch_tokens=entry.microbatch_tokens or recipe.batch.microbatch_tokens,
-            ),
-            entry.weight,
-        )
-        for entry in settings.models
-    ]
-    functions = [
-        FunctionReward(
-            name=entry.call.partition(":")[2],
-            function=named_code(entry.call, "reward function"),
-            weight=entry.weight,
-            max_steps=steps,
-        )
-        for entry in settings.functions
-    ]
+    trained = [(reward_model(recipe, runtime, entry), entry.weight) for entry in settings.models]
+    functions = [reward_function(entry, steps=steps) for entry in settings.functions]
     return RewardSet(
         models=trained,
         functions=functions,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import sys
@@ -44,7 +43,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
     """Checks a recipe of these rows; returns the lines."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "work_offline", lambda: None)  # this process has other tests to run
+    work_offline = hub.work_offline
+    monkeypatch.setattr(hub, "work_offline", lambda: restored(monkeypatch, work_offline))
 
     def run(objective: str, rows: list[dict[str, Any]], *overrides: str, limit: int = 100) -> list[str]:
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -159,7 +159,6 @@ def test_a_hub_out_of_reach_is_a_warning_and_is_found_out_quickly(check: Check, 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    monkeypatch.setattr(hub, "work_offline", lambda: _offline(monkeypatch))
     started = time.monotonic()
     lines = check("sft", CHAT, "policy.path=acme/small-it", "data.train.1={path: acme/rows}")
     assert time.monotonic() - started < 10  # the libraries' own retries take longer
@@ -195,11 +194,10 @@ def test_the_hub_is_asked_only_where_it_is_needed(monkeypatch: Any) -> None:
     assert hub.offline_reason(["acme/rows"]) == "HF_HUB_OFFLINE is set"
 
 
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``work_offline`` for this test only."""
-    before = os.environ.get("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_HUB_OFFLINE", before or "")
+def restored(monkeypatch: pytest.MonkeyPatch, work_offline: Callable[[], None]) -> None:
+    """Works offline until the end of this test: the process has other tests to run."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
     for module in ("huggingface_hub.constants", "datasets.config"):
         if module in sys.modules:
-            monkeypatch.setattr(sys.modules[module], "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+            monkeypatch.setattr(sys.modules[module], "HF_HUB_OFFLINE", False)
+    work_offline()
