@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from rlhf import shipped
 from rlhf.errors import ExitCode, UserError
 from rlhf.spawn import EXIT_CODE_FILE, spawn
+from rlhf.tracking.redact import printable
 
 app = typer.Typer(
     name="rlhf",
@@ -26,6 +26,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 your input (no traceback), 70 diverged, 71 out of memory, 74 disk, "
     "75 reward source gone, 143 preempted after a save, 1 a bug of ours.",
 )
+app.add_typer(shipped.app, name="recipes")
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A file, or a shipped name such as `quickstart/reinforce`.")
@@ -73,10 +74,15 @@ def train(
 
 
 @app.command()
-def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Look at this many rows of each source.")] = 10_000,
+) -> None:
     """Check a recipe without loading a model: every error at once, by file and line.
 
-    Prints what the run would do, the sections that its objective does not read, and remarks.
+    Prints what the run would do, the sections that its objective does not read, and remarks. Then it looks at the data:
+    rows used and dropped, the first example token by token, lengths.
     """
     from rlhf.objectives.presets import preset
     from rlhf.recipe import ignored_sections, load_recipe, remarks
@@ -92,8 +98,9 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
         typer.echo(f"{'not read':<11}{', '.join(ignored)} (another objective's; they stay legal)")
     for text in remarks(ready):
         typer.echo(f"{'remark':<11}{text}")
-    if find_spec("rlhf.programs.check") is not None:
-        import_module("rlhf.programs.check").describe_data(ready)
+    from rlhf.programs.check import describe_data
+
+    describe_data(ready, rows)
     typer.echo("The recipe is valid.")
 
 
@@ -126,13 +133,60 @@ def report(
 
 
 @app.command()
-def recipes() -> None:
-    """List the shipped recipes."""
-    from rlhf.locate import command_name, shipped_recipes
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as `runs/my-run-reinforce`.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be given again.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts as rows of a .jsonl file.", show_default=False)
+    ] = None,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the run's own held-out prompts.")] = 4,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Completions of each prompt.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", min=0, help="0 = always the most likely token.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Longest completion.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", min=0, help="Of the noise.", show_default=False)] = None,
+    side_by_side: Annotated[
+        bool | None,
+        typer.Option("--side-by-side/--alone", help="Beside the model that the run started from.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Read what a run writes: its completions, beside those of the model it started from.
 
-    for name, file in shipped_recipes().items():
-        typer.echo(f"{name:<24}{_headline(file)}")
-        typer.echo(f"{'':<24}{command_name(file)}")
+    `rlhf sample runs/quickstart-reinforce --prompt "Help me thank my aunt."`
+
+    Both draw with the same noise, so they differ only where the policy changed. What is not given is as in the run's
+    recipe; without prompts, the first held-out ones are taken. The scores are those of the run's reward.
+    """
+    from rlhf.programs.run_folder import Request, open_folder
+
+    request = Request(
+        prompts=tuple(prompt or ()),
+        file=file,
+        rows=rows,
+        count=count,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        side_by_side=side_by_side,
+    )
+    folder = open_folder(run)
+    request.check(folder)
+    from rlhf.programs import sample as program
+    from rlhf.programs import sample_show
+
+    found = program.samples(folder, request, lambda text: typer.echo(printable(text), err=as_json))
+    names = folder.path.resolve().name, folder.recipe.policy.path
+    if as_json:
+        for line in sample_show.json_lines(found, *names):
+            typer.echo(line)
+    else:
+        sample_show.show(found, *names)
 
 
 @app.command()
@@ -192,12 +246,6 @@ def _summary(recipe: object) -> list[tuple[str, object]]:
         ("policy", policy),
         ("data", rows),
     ]
-
-
-def _headline(file: Path) -> str:
-    """The first comment line that is for people."""
-    lines = (line[1:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    return next((line for line in lines if not line.startswith("yaml-language-server")), "")
 
 
 def _version(package: str) -> str:

@@ -31,6 +31,7 @@ LEVELS = {
     "assemble": 4,
     "recipe": 5,
     "spawn": 6,
+    "shipped": 6,
     "cli": 6,
     "__init__": 6,
     "__main__": 7,
@@ -38,7 +39,7 @@ LEVELS = {
 READS_THE_RECIPE = {"recipe", "programs", "assemble", "cli", "__init__", "__main__"}
 RECIPE_MAY_IMPORT = ("rlhf.errors", "rlhf.locate", "rlhf.objectives.presets", "rlhf.data.kinds", "rlhf.recipe")
 TORCH_FREE = (
-    *("rlhf", "rlhf.recipe", "rlhf.cli", "rlhf.spawn"),
+    *("rlhf", "rlhf.recipe", "rlhf.cli", "rlhf.spawn", "rlhf.shipped"),
     *("rlhf.errors", "rlhf.locate", "rlhf.objectives.presets", "rlhf.data.kinds"),
 )
 HEAVY = (

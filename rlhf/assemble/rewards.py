@@ -20,10 +20,10 @@ def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
     overlong = settings.overlong
     return RewardSet(
         models=[
-            (_model(recipe, runtime, cast(str, entry.path), entry.microbatch_tokens), entry.weight)
+            (reward_model(recipe, runtime, cast(str, entry.path), entry.microbatch_tokens), entry.weight)
             for entry in settings.models
         ],
-        functions=[_function(entry.call, entry.weight, steps) for entry in settings.functions],
+        functions=[reward_function(entry.call, entry.weight, steps=steps) for entry in settings.functions],
         combine=settings.combine,
         clip=settings.clip,
         overlong=None if overlong is None else (overlong.from_tokens, overlong.per_token),
@@ -33,12 +33,13 @@ def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
 
 def with_judges(recipe: Recipe, runtime: Runtime, trained: RewardSet, *, steps: int) -> RewardSet:
     """The same rewards, and the judges of section ``eval`` as sources of weight 0: logged on held-out rows only."""
-    judges = [(_model(recipe, runtime, entry.path, entry.microbatch_tokens), 0.0) for entry in recipe.eval.models]
-    functions = [_function(call, 0.0, steps) for call in recipe.eval.functions]
+    judges = [(reward_model(recipe, runtime, entry.path, entry.microbatch_tokens), 0.0) for entry in recipe.eval.models]
+    functions = [reward_function(call, 0.0, steps=steps) for call in recipe.eval.functions]
     return replace(trained, models=[*trained.models, *judges], functions=[*trained.functions, *functions])
 
 
-def _model(recipe: Recipe, runtime: Runtime, path: str, microbatch_tokens: int | None) -> RewardModel:
+def reward_model(recipe: Recipe, runtime: Runtime, path: str, microbatch_tokens: int | None) -> RewardModel:
+    """One frozen reward model."""
     return load_reward_model(
         path,
         device=runtime.device,
@@ -47,6 +48,7 @@ def _model(recipe: Recipe, runtime: Runtime, path: str, microbatch_tokens: int |
     )
 
 
-def _function(call: str, weight: float, steps: int) -> FunctionReward:
+def reward_function(call: str, weight: float, *, steps: int) -> FunctionReward:
+    """One function named in the recipe; ``steps``: the run's length, which it may be told."""
     function = named_code(call, "reward function")
     return FunctionReward(name=call.partition(":")[2], function=function, weight=weight, max_steps=steps)

@@ -137,7 +137,12 @@ def completion_text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def supports_system(tokenizer: Any) -> bool:
-    """True when the template shows a system turn to the model; False when it raises (Gemma 1, 2) or omits it."""
+    """True when the template shows a system turn to the model; False when it raises (Gemma 1, 2) or omits it.
+
+    Without a template nothing is known against it: rendering says what is missing.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return True
     messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "hello"}]
     try:
         return _PROBE in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -31,8 +31,9 @@ def load_tokenizer(path: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise UserError(f"policy.path={path}: no tokenizer could be loaded ({_first_line(error)})") from error
+    except Exception as error:  # a broken tokenizer.json ends in whatever the library trips over, KeyError for one
+        reason = _first_line(error) or type(error).__name__
+        raise UserError(f"policy.path={path}: no tokenizer could be loaded ({reason})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so sharing the id is harmless
     return tokenizer

@@ -25,7 +25,7 @@ from rlhf.rollout import Prompt, Rollout, TokenBatch
 from rlhf.runtime import microbatches
 from rlhf.runtime.distributed import unwrap
 
-_NOISE_STEP = 0  # evaluation always draws with this step's noise; training steps count from 1
+NOISE_STEP = 0  # evaluation always draws with this step's noise; training steps count from 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Evaluation:
         slots = list(own) or [0]  # a rank without prompts of its own repeats one: collectives need every rank
         prompts = [self.prompts[slot] for slot in slots]
         lm: nn.Module = unwrap(model).causal_lm  # type: ignore[assignment]
-        rollout = self.rewards.score(self.sampler.sample(lm, prompts, slots, _NOISE_STEP), step)
+        rollout = self.rewards.score(self.sampler.sample(lm, prompts, slots, NOISE_STEP), step)
         stats = self._stats(model, rollout)
         rows = sample_rows(rollout, stats, len(rollout)) if own else []
         gathered = [row for part in runtime.gather_objects(rows) for row in part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 from rlhf.recipe.rules import on_policy, reads
 from rlhf.recipe.schema import Recipe
@@ -88,3 +89,10 @@ def tempered_policy(recipe: Recipe) -> Iterator[str]:
 def random_start(recipe: Recipe) -> Iterator[str]:
     if on_policy(recipe) and recipe.policy.scratch is not None:
         yield "policy.scratch: the policy and its reference start from random weights"
+
+
+@remark
+def trackers_that_are_not_installed(recipe: Recipe) -> Iterator[str]:
+    for name in recipe.tracking.to:
+        if find_spec(name) is None:
+            yield f"tracking.to names {name}, which is not installed: pip install {name}; the run goes on without it"

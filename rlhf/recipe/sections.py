@@ -367,6 +367,8 @@ class Checkpoint(Section):
 class Tracking(Section):
     """Mirrors of metrics.jsonl, which is always written."""
 
-    to: Annotated[tuple[Literal["wandb"], ...], _LIST] = Field(default=("wandb",), description="[] = files only.")
+    to: Annotated[tuple[Literal["wandb", "tensorboard", "trackio"], ...], _LIST] = Field(
+        default=("wandb",), description="[] = files only; wandb is offline without a key."
+    )
     project: str = Field(default="rlhf", min_length=1, description="Project name there.")
     samples: int = Field(default=8, ge=0, description="Completions logged per step.")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.errors import UserError
 from rlhf.tracking.console import ConsoleProgress
-from rlhf.tracking.records import METRICS, MetricsLog, SamplesLog
+from rlhf.tracking.mirror import Mirror, Service
+from rlhf.tracking.records import METRICS, MetricsLog, SamplesLog, read_rows
 
-MIRRORS = ("wandb",)
+MIRRORS = ("wandb", "tensorboard", "trackio")
 
 
 class Sink(Protocol):
@@ -96,14 +97,41 @@ def build_tracker(
         raise UserError(f"tracking.to names {unknown[0]!r}, which is unknown; known: {', '.join(MIRRORS)}")
     if not main:
         return Tracker()
-    metrics = run_dir / METRICS
-    fresh = not metrics.exists() or not metrics.stat().st_size
+    rows = read_rows(run_dir / METRICS)[0]
+    last_step = rows[-1]["step"] if rows else None
     console = ConsoleProgress(total_steps)
-    sinks: list[Sink] = [Records(run_dir), console]
-    if "wandb" in to:
-        from rlhf.tracking.wandb import WandbMirror
+    mirrors = [
+        Mirror(name, _service(name, run_dir, project, run_name, config, console.note, last_step), console.note)
+        for name in dict.fromkeys(to)
+    ]
+    return Tracker((Records(run_dir), console, *mirrors), console)
 
-        sinks.append(
-            WandbMirror(run_dir, project=project, run_name=run_name, config=config, note=console.note, fresh=fresh)
-        )
-    return Tracker(tuple(sinks), console)
+
+def _service(
+    name: str,
+    run: Path,
+    project: str,
+    run_name: str,
+    config: Mapping[str, Any],
+    note: Callable[[str], None],
+    last_step: int | None,
+) -> Callable[[], Service]:
+    """What starts the tracker of this name. Each library is loaded only where it is asked for."""
+
+    def wandb() -> Service:
+        from rlhf.tracking.wandb import Wandb
+
+        fresh = last_step is None
+        return Wandb(run, project=project, run_name=run_name, config=config, note=note, fresh=fresh)
+
+    def tensorboard() -> Service:
+        from rlhf.tracking.tensorboard import TensorBoard
+
+        return TensorBoard(run, config=config, note=note, last_step=last_step)
+
+    def trackio() -> Service:
+        from rlhf.tracking.trackio import Trackio
+
+        return Trackio(project=project, run_name=run_name, config=config, note=note, fresh=last_step is None)
+
+    return {"wandb": wandb, "tensorboard": tensorboard, "trackio": trackio}[name]

@@ -1,4 +1,4 @@
-"""Weights & Biases as a mirror of the run's own records. Nothing it does or fails to do can stop a run."""
+"""Weights & Biases."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf.tracking.redact import printable, redact, redact_text
+from rlhf.tracking.mirror import COLUMNS, brief, cells, relative
+from rlhf.tracking.redact import redact
 
-COLUMNS = ("step", "phase", "prompt", "completion", "reward", "kl", "finished", "scores")
 INIT_SECONDS = 8.0
 FINISH_SECONDS = 30.0
 
 
-class WandbMirror:
+class Wandb:
     """Sends metrics and a growing table of samples to wandb.
 
     Offline without a key or without an answer from the server (``WANDB_MODE`` overrides), and then one line says how
-    to sync. It never prompts. The first failure is reported once; after it the mirror is silent and the run goes on.
+    to sync. It never prompts. Used directly and not through accelerate, whose ``log_table`` makes immutable tables: a
+    page then shows the last one only.
     """
 
     def __init__(
@@ -35,71 +36,58 @@ class WandbMirror:
         note: Callable[[str], None],
         fresh: bool = True,
     ) -> None:
-        self._note = note
-        self._run: Any = None
         self._table: Any = None
         try:
-            self._start(run, project, run_name, redact(config), fresh)
-        except Exception as error:
-            self._give_up("start", error)
+            self._run = _start(run, project, run_name, redact(config), fresh, note)
+        except Exception:
+            self.abandon()
+            raise
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._try("log", lambda: self._run.log(dict(metrics), step=step))
+        self._run.log(dict(metrics), step=step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to one table; the incremental kind, because the usual one shows only its last state."""
-        self._try("log samples", lambda: self._log_rows(step, rows))
-
-    def close(self, status: str) -> None:
-        self._try("finish", lambda: self._run.finish(exit_code=0 if status == "finished" else 1))
-        self._run = None
-
-    def _start(self, run: Path, project: str, name: str, config: Any, fresh: bool) -> None:
-        mode, why = _mode(), "no WANDB_API_KEY"
-        options = {"project": project, "name": name, "id": _run_id(run, fresh), "dir": str(run), "config": config}
-        try:
-            self._run = _init(mode, options)
-        except Exception as error:
-            if mode != "online":
-                raise
-            mode, why = "offline", _brief(error)
-            _forget()
-            self._run = _init(mode, options)
-        if mode == "offline":
-            folder = Path(self._run.dir).parent
-            self._note(f"wandb is offline ({why}); to upload this run: wandb sync {_relative(folder)}")
-        elif mode == "online":
-            self._note(f"wandb: {self._run.url}")
-
-    def _log_rows(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         import wandb
 
         if self._table is None:
             self._table = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
         for row in rows:
-            self._table.add_data(*_cells({**row, "step": step}))
+            self._table.add_data(*cells({**row, "step": step}))
         self._run.log({"samples": self._table}, step=step)
 
-    def _try(self, what: str, action: Callable[[], Any]) -> None:
-        if self._run is None:
-            return
-        try:
-            action()
-        except Exception as error:  # its helper process may have died, the disk be full, the network gone
-            self._give_up(what, error)
+    def close(self, status: str) -> None:
+        self._run.finish(exit_code=0 if status == "finished" else 1)
 
-    def _give_up(self, what: str, error: Exception) -> None:
-        self._run = None
-        self._note(f"wandb could not {what} ({_brief(error)}); the run goes on without it")
-        _forget()
+    def abandon(self) -> None:
+        """Drops wandb's helper process; with one that died, its exit hook would print a traceback."""
+        with suppress(Exception):
+            import wandb
+
+            wandb.teardown()
 
 
-def _forget() -> None:
-    """Drops wandb's helper process; with one that died, its exit hook would print a traceback."""
-    with suppress(Exception):
+def _start(run: Path, project: str, name: str, config: Any, fresh: bool, note: Callable[[str], None]) -> Any:
+    """The started run, online where that works. Says once where it can be seen or how to upload it."""
+    mode, why = _mode(), "no WANDB_API_KEY"
+    options = {"project": project, "name": name, "id": _run_id(run, fresh), "dir": str(run), "config": config}
+    try:
+        started = _init(mode, options)
+    except Exception as error:
+        if mode != "online":
+            raise
         import wandb
 
-        wandb.teardown()
+        mode, why = "offline", brief(error)
+        with suppress(Exception):
+            wandb.teardown()
+        started = _init(mode, options)
+    if mode == "offline":
+        folder = relative(Path(started.dir).parent)
+        note(f"wandb is offline ({why}); to upload this run: wandb sync {folder}")
+    elif mode == "online":
+        note(f"wandb: {started.url}")
+    return started
 
 
 def _init(mode: Any, options: Mapping[str, Any]) -> Any:
@@ -110,10 +98,6 @@ def _init(mode: Any, options: Mapping[str, Any]) -> Any:
     )
     resume = "allow" if mode == "online" else None
     return wandb.init(mode=mode, settings=settings, resume=resume, **options)  # type: ignore[arg-type]
-
-
-def _brief(error: Exception) -> str:
-    return redact_text(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
 
 
 def _mode() -> Any:
@@ -139,14 +123,3 @@ def _run_id(run: Path, fresh: bool) -> str:
     path.parent.mkdir(exist_ok=True)
     path.write_text(secrets.token_hex(4))
     return path.read_text()
-
-
-def _cells(row: Mapping[str, Any]) -> list[Any]:
-    scores = row.get("scores") or {}
-    texts = {"prompt": printable(str(row.get("prompt", ""))), "completion": printable(str(row.get("completion", "")))}
-    shown = {**row, **texts, "scores": "  ".join(f"{name}={value}" for name, value in scores.items())}
-    return [shown.get(column) for column in COLUMNS]
-
-
-def _relative(path: Path) -> str:
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

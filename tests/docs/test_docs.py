@@ -283,13 +283,15 @@ def test_commands_can_be_typed(page: str, line: str, place: Path) -> None:
     verb, rest = arguments[0], arguments[1:]
     shown = CliRunner().invoke(app, [verb, "--help"])
     assert shown.exit_code == 0, f"{page}: no command {verb}"
-    options = {"--accelerate": True, "--shortened": False}
+    flags = ("--shortened", "--alone", "--side-by-side", "--json")
     while option := next((word for word in rest if word.startswith("--")), None):
         assert option in shown.output, f"{page}: {verb} has no {option}"
         at = rest.index(option)
-        if options[option]:
+        if option == "--accelerate":
             accelerate_config_file(rest[at + 1])
-        del rest[at : at + 1 + options[option]]
+        del rest[at : at + 1 + (option not in flags)]
+    if verb == "recipes" and rest:
+        assert rest[0] in ("show", "copy") and recipe_file(rest[1]), line
     if verb in ("train", "check"):
         name, *overrides = rest
         given = ROOT / name if (ROOT / name).is_file() else place / name

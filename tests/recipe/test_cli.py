@@ -18,12 +18,14 @@ from rlhf import spawn
 from rlhf.cli import app, main
 from rlhf.errors import ExitCode, UserError
 from rlhf.locate import accelerate_config_file, shipped_accelerate_configs, shipped_recipes
+from rlhf.recipe import load_recipe
 from tests.recipe.corpus import recipe
 
 
 @pytest.fixture
 def recipe_file(place: Path) -> Path:
     (place / "r.yaml").write_text(recipe(objective="objective: sft", policy="policy: {scratch: {}}"))
+    (place / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     return place / "r.yaml"
 
 
@@ -37,7 +39,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("command", ["train", "check", "quickstart", "report", "recipes", "env"])
+@pytest.mark.parametrize("command", ["train", "check", "quickstart", "report", "recipes", "sample", "env"])
 def test_every_command_explains_itself(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"])
     assert shown.exit_code == 0 and len(shown.output.split("\n")) > 5
@@ -48,6 +50,42 @@ def test_recipes_lists_what_ships() -> None:
     assert all(name in shown.output for name in shipped_recipes())
 
 
+def test_a_recipe_is_shown_as_it_ships() -> None:
+    shown = CliRunner().invoke(app, ["recipes", "show", "quickstart/sft"])
+    assert shown.output == shipped_recipes()["quickstart/sft"].read_text(encoding="utf-8")
+    missing = run("recipes", "show", "quickstart/stf")
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert "did you mean quickstart/sft?" in missing.stderr
+
+
+def test_a_copied_recipe_is_valid_says_what_comes_next_and_overwrites_nothing(place: Path) -> None:
+    done = CliRunner().invoke(app, ["recipes", "copy", "quickstart/sft"])
+    assert done.exit_code == 0 and done.output.splitlines()[:2] == [
+        "copied to quickstart-sft.yaml",
+        "next: rlhf check quickstart-sft.yaml",
+    ]
+    assert load_recipe("quickstart-sft.yaml") == load_recipe("quickstart/sft")
+    first = (place / "quickstart-sft.yaml").read_text().split("\n")[0]
+    assert (place / first.partition("$schema=")[2]).resolve().name == "recipe.schema.json"
+    (place / "quickstart-sft.yaml").write_text("mine")
+    again = run("recipes", "copy", "quickstart/sft")
+    assert (again.returncode, again.stderr) == (
+        2,
+        "quickstart-sft.yaml exists and is not overwritten; name another file, or remove it\n",
+    )
+    assert (place / "quickstart-sft.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("destination", "lands"),
+    [("mine.yaml", "mine.yaml"), ("small", "small/reviews-sft.yaml"), ("new/mine.yaml", "new/mine.yaml")],
+)
+def test_a_copy_lands_where_it_was_asked_to(destination: str, lands: str, place: Path) -> None:
+    done = CliRunner().invoke(app, ["recipes", "copy", "reviews/sft", destination])
+    assert done.exit_code == 0 and f"next: rlhf check {lands}" in done.output
+    assert (place / lands).is_file()
+
+
 @pytest.mark.usefixtures("recipe_file")
 def test_check_says_what_would_run_and_what_is_ignored() -> None:
     done = run("check", "r.yaml", "run.name=y", "kl.beta=0.1")
@@ -56,6 +94,17 @@ def test_check_says_what_would_run_and_what_is_ignored() -> None:
     assert "gemma from scratch, 4 layers" in done.stdout
     assert "not read   reward, kl" in done.stdout
     assert "remark     data.eval is empty" in done.stdout
+    assert "rows       data.train.0 rows.jsonl: 1 of 1 rows used as completion" in done.stdout
+    assert done.stdout.endswith("The recipe is valid.\n")
+
+
+@pytest.mark.usefixtures("recipe_file")
+def test_check_refuses_rows_that_the_run_would_refuse() -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a"}\n')
+    done = run("check", "r.yaml")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("data.train.0: rows.jsonl: rows of format prompt (prompt) have no replies to imitate")
+    assert "The recipe is valid." not in done.stdout
 
 
 @pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])

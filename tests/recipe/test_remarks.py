@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,11 @@ def test_a_remark(overrides: list[str], said: str) -> None:
 @pytest.mark.parametrize("overrides", [["kl.credit=to_go"], ["kl.beta=0", "kl.loss_beta=0.1"], ["kl.estimator=exact"]])
 def test_no_remark(overrides: list[str]) -> None:
     assert remarks(load(*overrides)) == []
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = load("tracking.to=[wandb, trackio]")
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as where only the plain package is installed
+    assert remarks(ready) == [
+        "tracking.to names trackio, which is not installed: pip install trackio; the run goes on without it"
+    ]

@@ -104,7 +104,7 @@ def test_other_ranks_track_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_an_unknown_mirror_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tracking\.to names 'wanddb'.*known: wandb"):
+    with pytest.raises(UserError, match=r"tracking\.to names 'wanddb'.*known: wandb, tensorboard, trackio"):
         build_tracker(tmp_path, to=["wanddb"], project="p", run_name="n", config={}, main=True, total_steps=1)
 
 
