@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlhf.data.formats.format import Asked, BadRow, Drop, Format, Pair, Reply, Row, Rows, better, each, number
+from rlhf.data.formats.format import Asked, BadRow, Compared, Drop, Format, Pair, Reply, Row, Rows, better, each, number
 from rlhf.data.formats.turns import asked, before_the_reply, last_reply, reply_to, turns_of
 from rlhf.data.order import epoch_permutation
 
@@ -15,19 +15,12 @@ _LABELS |= {"neg": False, "negative": False}
 
 
 @dataclass(frozen=True)
-class Preference(Format):
+class Preference(Compared):
     """``prompt``, ``chosen``, ``rejected``. Without a prompt, the turns that both replies share are it. UltraFeedback
     as HuggingFaceH4 binarized it is this format: the difference of its ``score_*`` is the margin, ties are dropped."""
 
     name: ClassVar[str] = "preference"
     columns: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
-
-    def prompt(self, row: Row) -> Asked:
-        return self.preference(row).asked
-
-    def demonstration(self, row: Row) -> Reply:
-        pair = self.preference(row)
-        return Reply(pair.asked, pair.chosen)
 
     def preference(self, row: Row) -> Pair:
         prompt = row.get("prompt")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from rlhf.data.formats.format import (
     Asked,
     BadRow,
+    Compared,
     Drop,
     Format,
     Pair,
@@ -31,7 +32,7 @@ _ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
-class HhRlhf(Format):
+class HhRlhf(Compared):
     """Anthropic/hh-rlhf: ``chosen`` and ``rejected`` are transcripts of "Human:" and "Assistant:" that share all turns
     but the last. Real rows have one role twice in a row, empty turns and different histories: they are dropped."""
 
@@ -41,13 +42,6 @@ class HhRlhf(Format):
     def recognises(self, row: Row) -> bool:
         sides = [row.get(column) for column in self.columns]
         return row.get("prompt") is None and all(isinstance(side, str) and _SPEAKER.match(side) for side in sides)
-
-    def prompt(self, row: Row) -> Asked:
-        return self.preference(row).asked
-
-    def demonstration(self, row: Row) -> Reply:
-        pair = self.preference(row)
-        return Reply(pair.asked, pair.chosen)
 
     def preference(self, row: Row) -> Pair:
         chosen, rejected = (last_reply(_transcript(row, column), column) for column in self.columns)

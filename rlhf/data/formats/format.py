@@ -98,6 +98,18 @@ class Format:
         return f"{self.name} ({' + '.join(self.columns)})"
 
 
+@dataclass(frozen=True)
+class Compared(Format):
+    """Rows that are pairs first of all: the prompt is the pair's, and the better reply is what to imitate."""
+
+    def prompt(self, row: Row) -> Asked:
+        return self.preference(row).asked
+
+    def demonstration(self, row: Row) -> Reply:
+        pair = self.preference(row)
+        return Reply(pair.asked, pair.chosen)
+
+
 def each(rows: Rows, convert: Callable[[Row], T], drop: Drop) -> Iterator[tuple[int, T]]:
     """(row id, what ``convert`` makes of the row); rows that it refuses are dropped with its reason."""
     for row_id, row in rows:
