@@ -6,6 +6,7 @@ smaller standard error than two independent samples would give.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Evaluation:
         lm: nn.Module = unwrap(model).causal_lm  # type: ignore[assignment]
         rollout = self.rewards.score(self.sampler.sample(lm, prompts, slots, NOISE_STEP), step)
         stats = self._stats(model, rollout)
-        rows = sample_rows(rollout, stats, len(rollout)) if own else []
+        rows = sample_rows(rollout, stats, len(rollout), self.rewards.extras()) if own else []
         gathered = [row for part in runtime.gather_objects(rows) for row in part]
         gathered.sort(key=lambda row: int(row["slot"]))
         self.session.samples(step, lambda: [{**row, "phase": phase} for row in gathered])
@@ -81,8 +82,11 @@ class Evaluation:
         return microbatches.score(rollout, both, self.microbatch_tokens, self.session.runtime)
 
 
-def sample_rows(rollout: Rollout, stats: TokenStats, count: int) -> list[dict[str, Any]]:
-    """The first ``count`` completions as the rows of samples.jsonl."""
+def sample_rows(
+    rollout: Rollout, stats: TokenStats, count: int, extras: Mapping[str, Sequence[Any]]
+) -> list[dict[str, Any]]:
+    """The first ``count`` completions as the rows of samples.jsonl. extras: what reward functions gave to ``log_extra``, a
+    value per row and column; what JSON has no word for is written as text."""
     assert rollout.rewards is not None
     kl = measure.sequence_kl(rollout, stats)
     return [
@@ -96,6 +100,7 @@ def sample_rows(rollout: Rollout, stats: TokenStats, count: int) -> list[dict[st
             "reward": _number(rollout.rewards[i]),
             "kl": _number(kl[i]),
             "scores": {name: _number(score[i]) for name, score in rollout.scores.items()},
+            **({"extra": {name: _plain(values[i]) for name, values in extras.items()}} if extras else {}),
         }
         for i in range(min(count, len(rollout)))
     ]
@@ -118,6 +123,14 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         columns[f"eval/{name}_mean"] = [row["scores"][name] for row in rows]
     found = {name: [v for v in values if v is not None] for name, values in columns.items()}
     return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+
+def _plain(value: Any) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
 
 
 def _number(value: Tensor) -> float | None:

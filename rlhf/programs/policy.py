@@ -74,7 +74,7 @@ def train(run: PolicyRun, state: TrainState) -> TrainState:
             report = run.updater.step(terms(run, rollout, step), state.optimizer_step + 1)
         state = advance(state, rollout, report, step, session)
         session.log(step, {**step_metrics(run, rollout, report, step), **clock.metrics(*totals(rollout, session))})
-        session.samples(step, partial(sample_rows, rollout, report.stats[0], run.samples_logged))
+        session.samples(step, partial(sample_rows, rollout, report.stats[0], run.samples_logged, run.rewards.extras()))
         run.evaluation.maybe(run.model, step)
         session.guard.check(step, applied=report.applied)
         session.checkpoint(step, state, run.model, run.updater.optimizer, last=step == run.steps)

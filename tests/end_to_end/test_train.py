@@ -219,3 +219,19 @@ def test_a_changed_input_is_not_resumed(recipe: str, sft: Path, capsys: pytest.C
     config.write_text(config.read_text() + " ", encoding="utf-8")
     assert rlhf.train(recipe, "policy.path=./policy") == ExitCode.USER
     assert "policy.path changed since runs/tiny-reinforce was started" in capsys.readouterr().err
+
+
+def test_what_a_reward_function_notes_stands_beside_its_completion(recipe: str) -> None:
+    """``log_extra`` of TRL's signature: a column of samples.jsonl; what JSON cannot say is text."""
+    code = (
+        "def noted(completions, log_extra, **columns):\n"
+        "    log_extra('words', [len(text[0]['content'].split()) for text in completions])\n"
+        "    log_extra('kind', [complex(0, 1)] * len(completions))\n"
+        "    return [0.5] * len(completions)\n"
+    )
+    Path("my_noting_rewards.py").write_text(code, encoding="utf-8")
+    run = train(recipe, "reward.functions.0.call=my_noting_rewards:noted", "tracking.samples=2")
+    rows = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 4  # two of each step
+    for row in rows:
+        assert row["extra"] == {"words": len(row["completion"].split()), "kind": "1j"}
