@@ -85,8 +85,10 @@ class Evaluation:
 def sample_rows(
     rollout: Rollout, stats: TokenStats, count: int, extras: Mapping[str, Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """The first ``count`` completions as the rows of samples.jsonl. extras: what reward functions gave to ``log_extra``, a
-    value per row and column; what JSON has no word for is written as text."""
+    """The first ``count`` completions as the rows of samples.jsonl.
+
+    extras: what reward functions gave to ``log_extra``, a value per row and column; what JSON has no word for is text.
+    """
     assert rollout.rewards is not None
     kl = measure.sequence_kl(rollout, stats)
     return [
