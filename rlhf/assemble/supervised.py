@@ -15,6 +15,7 @@ from rlhf.assemble.job import Job
 from rlhf.data.examples import Preference
 from rlhf.data.load import LoadReport
 from rlhf.models.chat import render_completion, render_prompt
+from rlhf.models.load import base_model
 from rlhf.models.policy import ScoredModel
 from rlhf.models.scalar import ScalarModel, scalar_forward
 from rlhf.objectives.supervised import BradleyTerry, Demonstrations
@@ -131,6 +132,6 @@ def _center(recipe: Recipe, session: Session, tokenizer: Any, pairs: Sequence[Pr
         for pair in pairs[:512]
     ]
     mean = scoring.mean_score(model, rows, recipe.batch.microbatch_tokens, session.runtime)
-    classifier: Any = distributed.unwrap(model).classifier
+    classifier: Any = base_model(distributed.unwrap(model).classifier)  # type: ignore[arg-type]
     classifier.config.reward_center = mean
     session.log(session.last_step, {"reward_model/center": mean})
