@@ -245,14 +245,6 @@ def nothing_is_pushed(recipe: Recipe) -> Iterator[Problem]:
 
 
 @rule
-def every_pair_of_a_prompt_counts(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.objective == "reward" and recipe.reward_model.pairs_per_prompt is not None:
-        yield Problem(("reward_model", "pairs_per_prompt"), "sampling pairs is not in this version; set null for all")
-    if recipe.objective == "reward" and recipe.reward_model.margin == "none":
-        yield Problem(("reward_model", "margin"), "leaving margins out is not in this version; set auto")
-
-
-@rule
 def evaluation_is_by_the_reward(recipe: Recipe) -> Iterator[Problem]:
     if recipe.eval.functions:
         yield Problem(

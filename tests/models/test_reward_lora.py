@@ -13,7 +13,7 @@ from rlhf.models.load import LoraSpec, add_lora, export, load_classifier
 from rlhf.models.scalar import ScalarModel, scalar_forward, scalar_stats
 from rlhf.models.scratch import build_causal_lm, build_config, train_tokenizer
 from rlhf.objectives.supervised import BradleyTerry
-from rlhf.programs.streams import pair_batch
+from rlhf.programs.streams import by_prompt, pair_batch
 from rlhf.rewards.model import load_reward_model
 from rlhf.rollout import Prompt, Turn
 from rlhf.runtime.updater import Term, Updater
@@ -44,7 +44,7 @@ def trained(folder: str, targets: Any, steps: int = 3) -> tuple[ScalarModel, Any
     model = ScalarModel(peft)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     updater = Updater(alone(), model, optimizer, lambda step: 1e-2, scalar_forward, 10_000)
-    batch = pair_batch(PAIRS, TOKENIZER)
+    batch = pair_batch(by_prompt(PAIRS), TOKENIZER)
     for step in range(1, steps + 1):
         updater.step([Term(objective=BradleyTerry(), batch=batch)], step)
     return model, peft
@@ -54,7 +54,7 @@ def trained(folder: str, targets: Any, steps: int = 3) -> tuple[ScalarModel, Any
 def test_the_exported_folder_scores_as_the_adapter_did(folder: str, targets: Any, tmp_path: Path) -> None:
     start = load_classifier(folder, seed=1)
     model, peft = trained(folder, targets)
-    batch = pair_batch(PAIRS, TOKENIZER)
+    batch = pair_batch(by_prompt(PAIRS), TOKENIZER)
     with torch.no_grad():
         before, after = scalar_stats(ScalarModel(start), batch).scores, scalar_stats(model, batch).scores
     assert before is not None and after is not None
