@@ -78,6 +78,11 @@ def _scratch_config(recipe: Recipe, tokenizer: Any) -> Any:
     )
 
 
+def parameters(model: nn.Module) -> int:
+    """How many weights a model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def adamw(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW over what is trained, without weight decay; betas are PyTorch's."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

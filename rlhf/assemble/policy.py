@@ -24,7 +24,7 @@ from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
 from rlhf.rewards.combine import RewardSet
 from rlhf.rewards.functions import FunctionReward
-from rlhf.rewards.model import load_reward_model
+from rlhf.rewards.model import RewardModel, load_reward_model
 from rlhf.rollout import Prompt
 from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
@@ -110,6 +110,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     steps = recipe.run.steps or math.ceil(len(train_prompts) / recipe.batch.prompts_per_step)
     rewards = reward_set(recipe, runtime, steps=steps)
     policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
+    _say_where_the_judge_is_the_smaller(session, rewards, policy)
     anchor: Reference | None = models.frozen_reference(recipe, policy.causal_lm, runtime)
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
     anchor = anchor or AdapterOffReference(wrapped, policy)
@@ -141,6 +142,16 @@ def build(recipe: Recipe, session: Session) -> Job:
         samples_logged=recipe.tracking.samples,
     )
     return Job(train=partial(program.train, run), model=wrapped, optimizer=optimizer, tokenizer=tokenizer, steps=steps)
+
+
+def _say_where_the_judge_is_the_smaller(session: Session, rewards: RewardSet, policy: torch.nn.Module) -> None:
+    own = models.parameters(policy)
+    for source, _ in rewards.models:
+        if isinstance(source, RewardModel) and (size := models.parameters(source.model)) < own:
+            session.note(
+                f"remark: reward model {source.name} has {size:,} parameters and the policy {own:,}; a smaller reward "
+                "model is easier to exploit, so watch a source of weight 0 and the KL"
+            )
 
 
 def _held_out(recipe: Recipe, session: Session, tokenizer: Any) -> list[Prompt]:

@@ -24,14 +24,14 @@ class LoraSpec:
     targets: Literal["all-linear"] | Sequence[str] = "all-linear"
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, *, what: str = "policy.path") -> Any:
     """Raises UserError where there is no tokenizer, or no pad token that differs from the stop tokens."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except (OSError, ValueError) as error:
-        raise UserError(f"policy.path={path}: no tokenizer could be loaded ({_first_line(error)})") from error
+        raise UserError(f"{what}={path}: no tokenizer could be loaded ({_first_line(error)})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so sharing the id is harmless
     return tokenizer
