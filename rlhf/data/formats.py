@@ -154,6 +154,13 @@ def to_preferences(
     return _converted(rows, lambda row, row_id: _preference(row, row_id, format), dropped, first_row_id, where)
 
 
+def to_labelled(
+    rows: Sequence[Row], *, dropped: Dropped | None = None, first_row_id: int = 0, where: Where = row_number
+) -> list[Demonstration]:
+    """All labelled texts, unpaired, with ``prompt.columns["label"]`` True for positive."""
+    return _labelled(rows, dropped, first_row_id, where)
+
+
 def texts(row: Row) -> list[str]:
     """Every piece of text in a row, for training a tokenizer; whatever is not text is skipped."""
     found: list[str] = []

@@ -33,7 +33,7 @@ def train(recipe: Recipe, command: list[str]) -> ExitCode:
 
     Raises UserError for input that cannot work before the run directory is open.
     """
-    _quiet_libraries()
+    quiet_libraries()
     runtime = distributed.start(
         max_grad_norm=recipe.optim.max_grad_norm,
         compute_dtype=distributed.auto_dtype(recipe.policy.compute_dtype),
@@ -47,7 +47,7 @@ def train(recipe: Recipe, command: list[str]) -> ExitCode:
         distributed.leave(runtime)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """What transformers tells of loading and saving is checked by ``models.load`` and said in our own words."""
     from transformers.utils import logging
 
