@@ -121,6 +121,41 @@ def quickstart(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL", help="A reward run such as `runs/my-run-reward`, a model folder, a hub id."
+        ),
+    ],
+    overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROWS", help="File, folder, hub id or `package.module:function`; default: the run's `data.eval`."
+        ),
+    ] = None,
+    by: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Accuracy for each value of this column of the rows too.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the figures go as JSON.")] = None,
+) -> None:
+    """Measure a reward model on held-out preference rows: accuracy, calibration, and what length alone would reach.
+
+    `rlhf evaluate runs/reviews-reward --data test.jsonl --by source`
+
+    Rows are `chosen` + `rejected` (+ `prompt`), or `text` + `label`, read as in training. Rows with `subset`
+    (RewardBench) are shown by subset and by section; `data.eval.0.format=chat` takes string prompts as user turns. Keys
+    that are read: `data.eval`, `data.system_role`, `batch.microbatch_tokens`, `policy.compute_dtype`.
+
+    Writes `evaluation.json` into the run directory, into a bare model folder, or here for a hub id.
+    """
+    from rlhf.programs import evaluate as program
+
+    _leave(program.main(model, overrides or [], data=data or [], by=by or [], output=output))
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run directories, such as `runs/my-run-reinforce`.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -46,18 +46,24 @@ def causal_lm(recipe: Recipe, tokenizer: Any) -> nn.Module:
         model = load.load_causal_lm(policy.path, attention=policy.attention)
     else:
         model = scratch.build_causal_lm(_scratch_config(recipe, tokenizer), recipe.run.seed)
-    if policy.lora is not None:
-        spec = load.LoraSpec(policy.lora.r, policy.lora.alpha, policy.lora.targets)
-        model = load.add_lora(model, spec, recipe.run.seed)
-    return model
+    return _adapted(recipe, model, "CAUSAL_LM")
 
 
 def classifier(recipe: Recipe, tokenizer: Any) -> nn.Module:
-    """The reward model to train: from scratch, or a causal LM's trunk with a new scalar head."""
+    """The reward model to train: from scratch, or a causal LM's trunk with a new scalar head; with an adapter where the
+    recipe asks for one."""
     policy = recipe.policy
-    if policy.path is not None:
-        return load.load_classifier(policy.path, recipe.run.seed, attention=policy.attention)
-    return scratch.build_reward_model(_scratch_config(recipe, tokenizer), recipe.run.seed)
+    if policy.path is None:
+        return scratch.build_reward_model(_scratch_config(recipe, tokenizer), recipe.run.seed)
+    model = load.load_classifier(policy.path, recipe.run.seed, attention=policy.attention)
+    return _adapted(recipe, model, "SEQ_CLS")
+
+
+def _adapted(recipe: Recipe, model: nn.Module, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> nn.Module:
+    lora = recipe.policy.lora
+    if lora is None:
+        return model
+    return load.add_lora(model, load.LoraSpec(lora.r, lora.alpha, lora.targets), recipe.run.seed, task=task)
 
 
 def _scratch_config(recipe: Recipe, tokenizer: Any) -> Any:
@@ -71,6 +77,11 @@ def _scratch_config(recipe: Recipe, tokenizer: Any) -> Any:
         vocab_size=len(tokenizer),
         intermediate_size=spec.intermediate_size,
     )
+
+
+def parameters(model: nn.Module) -> int:
+    """How many weights a model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def adamw(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

@@ -23,6 +23,8 @@ from rlhf.programs import streams
 from rlhf.programs.evaluation import Evaluation
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
+from rlhf.rewards.combine import RewardSet
+from rlhf.rewards.model import RewardModel
 from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import PolicyForward
@@ -76,6 +78,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     scores = rewards.reward_set(recipe, runtime, steps=steps)
     judges = rewards.with_judges(recipe, runtime, scores, steps=steps)
     policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
+    _say_where_the_judge_is_the_smaller(session, scores, policy)
     anchor: Reference | None = models.frozen_reference(recipe, policy.causal_lm, runtime)
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
     anchor = anchor or AdapterOffReference(wrapped, policy)
@@ -108,6 +111,16 @@ def build(recipe: Recipe, session: Session) -> Job:
         samples_logged=recipe.tracking.samples,
     )
     return Job(train=partial(program.train, run), model=wrapped, optimizer=optimizer, tokenizer=tokenizer, steps=steps)
+
+
+def _say_where_the_judge_is_the_smaller(session: Session, rewards: RewardSet, policy: torch.nn.Module) -> None:
+    own = models.parameters(policy)
+    for source, _ in rewards.models:
+        if isinstance(source, RewardModel) and (size := models.parameters(source.model)) < own:
+            session.note(
+                f"remark: reward model {source.name} has {size:,} parameters and the policy {own:,}; a smaller reward "
+                "model is easier to exploit, so watch a source of weight 0 and the KL"
+            )
 
 
 def _instruction_rows(recipe: Recipe, tokenizer: Any, note: Callable[[str], None]) -> list[Dialogue]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,11 @@ from rlhf.assemble.job import Job
 from rlhf.data.examples import Preference
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.models.layout import PackedRows, plain_rows
+from rlhf.models.load import base_model
 from rlhf.models.policy import ScoredModel
 from rlhf.models.scalar import ScalarModel, scalar_forward
 from rlhf.objectives.supervised import BradleyTerry, Demonstrations
+from rlhf.programs import reward_figures as figures
 from rlhf.programs import scoring, streams
 from rlhf.programs import supervised as program
 from rlhf.programs.session import Session
@@ -58,10 +61,11 @@ def sft(recipe: Recipe, session: Session) -> Job:
 def reward(recipe: Recipe, session: Session) -> Job:
     """A Bradley–Terry reward model, centred on the chosen completions' mean score."""
     runtime, size = session.runtime, recipe.batch.prompts_per_step
-    own = runtime.share(size, "pairs")
+    own = runtime.share(size, "prompts")
     tokenizer = models.tokenizer_of(recipe)
-    first, held_out = data.train_and_eval(data.preferences, recipe, session.note, tokenizer)
-    steps = recipe.run.steps or recipe.reward_model.epochs * math.ceil(len(first) / size)
+    pairs, eval_pairs = data.train_and_eval(data.preferences, recipe, session.note, tokenizer)
+    prompts, held_out = _prompts(recipe, pairs), figures.held_out(eval_pairs)
+    steps = recipe.run.steps or recipe.reward_model.epochs * math.ceil(len(prompts) / size)
     model = ScalarModel(models.classifier(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     wrapped, optimizer = distributed.prepare(runtime, model, models.adamw(recipe, model))
     budget = recipe.batch.microbatch_tokens
@@ -71,19 +75,20 @@ def reward(recipe: Recipe, session: Session) -> Job:
         objective=BradleyTerry(),
         updater=models.updater(recipe, runtime, wrapped, optimizer, scalar_forward, steps),
         batches=streams.ShuffledPairs(
-            epoch_pairs=_epochs(recipe, tokenizer, first),
-            per_epoch=len(first),
+            epoch_prompts=_epochs(recipe, tokenizer, prompts),
+            per_epoch=len(prompts),
             per_step=size,
             seed=recipe.run.seed,
             own=own,
             tokenizer=tokenizer,
+            pairs_per_prompt=recipe.reward_model.pairs_per_prompt,
         ),
         steps=steps,
         eval_every=recipe.eval.every_steps or 0,
-        evaluate=lambda m: scoring.pairwise_accuracy(m, held_out, tokenizer, budget, runtime),
+        evaluate=lambda m: scoring.ranking_figures(m, held_out, tokenizer, budget, runtime),
         batch_metrics=lambda batch, stats: scoring.pair_metrics(batch, stats, runtime),  # type: ignore[arg-type]
     )
-    center = partial(_center, recipe, session, tokenizer, first) if recipe.reward_model.center else _leave
+    center = partial(_center, recipe, session, tokenizer, pairs) if recipe.reward_model.center else _leave
     return Job(
         train=partial(program.train, run),
         model=wrapped,
@@ -94,14 +99,25 @@ def reward(recipe: Recipe, session: Session) -> Job:
     )
 
 
-def _epochs(recipe: Recipe, tokenizer: Any, first: list[Preference]) -> Callable[[int], list[Preference]]:
-    """epoch → its pairs; labelled text is paired anew each epoch. The last two epochs asked for are kept."""
+def _prompts(recipe: Recipe, pairs: Sequence[Preference]) -> list[streams.PromptPairs]:
+    """Pairs by prompt, with the margins that the recipe wants."""
+    if recipe.reward_model.margin == "none":
+        pairs = [replace(pair, margin=None) for pair in pairs]
+    return streams.by_prompt(pairs)
+
+
+def _epochs(
+    recipe: Recipe, tokenizer: Any, first: list[streams.PromptPairs]
+) -> Callable[[int], list[streams.PromptPairs]]:
+    """epoch → its prompts; labelled text is paired anew each epoch. The last two epochs asked for are kept."""
 
     @functools.lru_cache(maxsize=2)
-    def pairs(epoch: int) -> list[Preference]:
-        return data.preferences(recipe, recipe.data.train, tokenizer, epoch)[0] if epoch else first
+    def prompts(epoch: int) -> list[streams.PromptPairs]:
+        if epoch == 0:
+            return first
+        return _prompts(recipe, data.preferences(recipe, recipe.data.train, tokenizer, epoch)[0])
 
-    return pairs
+    return prompts
 
 
 def _leave(model: nn.Module) -> None:
@@ -116,6 +132,6 @@ def _center(recipe: Recipe, session: Session, tokenizer: Any, pairs: Sequence[Pr
         for pair in pairs[:512]
     ]
     mean = scoring.mean_score(model, rows, recipe.batch.microbatch_tokens, session.runtime)
-    classifier: Any = distributed.unwrap(model).classifier
+    classifier: Any = base_model(distributed.unwrap(model).classifier)  # type: ignore[arg-type]
     classifier.config.reward_center = mean
     session.log(session.last_step, {"reward_model/center": mean})

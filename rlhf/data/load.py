@@ -144,6 +144,15 @@ def load_preferences(
     return _load(sources, "preferences", convert, seed, epoch)
 
 
+def load_labelled(sources: Sequence[SourceSpec], *, seed: int = 0) -> list[Demonstration]:
+    """Every text of the sources that hold labelled text, with ``prompt.columns["label"]``; none of the others'."""
+    found: list[Demonstration] = []
+    for source in sources:
+        rows = [row for _, row in _read(source, seed, Dropped())]
+        found += formats.to_labelled(rows, format=source.format)
+    return found
+
+
 def training_texts(sources: Sequence[SourceSpec], seed: int = 0) -> Iterator[str]:
     """Every text in the sources, for training a tokenizer on them."""
     for source in sources:

@@ -36,6 +36,13 @@ def positions(step: int, per_step: int, n: int, seed: int) -> list[int]:
     return [int(epoch_permutation(n, seed, where // n)[where % n]) for where in range(first, first + per_step)]
 
 
+def subset(n: int, count: int, seed: int, epoch: int, item: int) -> list[int]:
+    """``count`` of n things, sorted: another draw for every (seed, epoch, item)."""
+    key = np.random.SeedSequence([seed, epoch, item]).generate_state(2, np.uint64)
+    chosen = np.random.Generator(np.random.Philox(key=key)).permutation(n)[:count]
+    return sorted(int(index) for index in chosen)
+
+
 def weighted_rows(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int = 0) -> list[tuple[int, int]]:
     """(source, row) of every row of a mixture, source after source.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,7 +25,7 @@ class LoraSpec:
     targets: Literal["all-linear"] | Sequence[str] = "all-linear"
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, *, what: str = "policy.path") -> Any:
     """Raises UserError where there is no tokenizer, or no pad token that differs from the stop tokens."""
     from transformers import AutoTokenizer
 
@@ -33,7 +33,7 @@ def load_tokenizer(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except Exception as error:  # a broken tokenizer.json ends in whatever the library trips over, KeyError for one
         reason = _first_line(error) or type(error).__name__
-        raise UserError(f"policy.path={path}: no tokenizer could be loaded ({reason})") from error
+        raise UserError(f"{what}={path}: no tokenizer could be loaded ({reason})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so sharing the id is harmless
     return tokenizer
@@ -117,16 +117,24 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def add_lora(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
+def add_lora(
+    model: nn.Module, spec: LoraSpec, seed: int, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+) -> nn.Module:
     """Wraps the model with a trainable adapter that starts as the identity (B = 0). Dropout stays off.
 
+    task ``SEQ_CLS``: a classifier, whose score head (it starts random) is trained in full beside the adapter.
     Raises UserError where ``spec.targets`` are no linear layers of the model.
     """
     from peft import LoraConfig, get_peft_model
 
     targets: Any = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
     config = LoraConfig(
-        r=spec.r, lora_alpha=cast(int, spec.alpha), target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=spec.r,
+        lora_alpha=cast(int, spec.alpha),
+        target_modules=targets,
+        lora_dropout=0.0,
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -136,6 +144,29 @@ def add_lora(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
             raise UserError(f"policy.lora.targets={spec.targets}: {_first_line(error)}") from error
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model below an adapter, or the model itself where there is none."""
+    return cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights with the adapter added (W + α/r·BA), under the names they have without one.
+
+    The model itself is left as it is: merging in place and taking it out again would round every weight twice.
+    """
+    base = base_model(model)
+    state: dict[str, torch.Tensor] = {}
+    for name, value in base.state_dict().items():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        state[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = value
+    for name, module in base.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            state[f"{name}.weight"] = state[f"{name}.weight"] + cast(Any, module).get_delta_weight("default")
+    return state
+
+
 def export(
     model: nn.Module,
     tokenizer: Any,
@@ -143,21 +174,24 @@ def export(
     *,
     stop_ids: Sequence[int],
     card: str,
+    merge: bool = False,
     extra: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a transformers folder (weights, tokenizer, generation config, model card), whole or not at all.
 
-    ``extra`` adds what else belongs into the folder while it is still being staged.
-
-    Weights keep the type they were loaded in. Call on one rank, with the weights gathered.
+    Weights keep the type they were loaded in. merge: an adapter is added to the weights instead of being the folder's
+    only content. extra: adds what else belongs into the folder while it is still being staged. Call on one rank, with
+    the weights gathered.
     """
+    state = merged_state(model) if merge else model.state_dict()
+    model = base_model(model) if merge else model
     staging = folder.with_name(f".staging-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     generation = getattr(model, "generation_config", None)
     if generation is not None and stop_ids:
         generation.eos_token_id = list(stop_ids)
-    cast(Any, model).save_pretrained(staging, state_dict=_stored(model))
-    if hasattr(model, "peft_config"):
+    cast(Any, model).save_pretrained(staging, state_dict=_stored(model, state))
+    if not merge and hasattr(model, "peft_config"):
         _complete_adapter(model, staging)
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
@@ -179,11 +213,11 @@ def _complete_adapter(model: Any, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+def _stored(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     dtype = getattr(model, "stored_dtype", torch.float32)
     return {
         name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
-        for name, value in model.state_dict().items()
+        for name, value in state.items()
     }
 
 

@@ -11,6 +11,7 @@ from rlhf.errors import UserError
 from rlhf.interfaces import StatsRequest, TokenStats
 from rlhf.models.head import CHUNK_BYTES, ChunkedHead, PositionStats, ReferenceStates
 from rlhf.models.layout import Rows
+from rlhf.models.load import base_model
 
 
 class ScoredModel(nn.Module):
@@ -38,8 +39,7 @@ class ScoredModel(nn.Module):
 
     def _inner(self) -> Any:
         """The transformers model below an adapter, if there is one."""
-        model = cast(Any, self.causal_lm)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return cast(Any, base_model(self.causal_lm))
 
     @property
     def head(self) -> ChunkedHead:

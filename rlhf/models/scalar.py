@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from rlhf.interfaces import Objective, TokenStats
 from rlhf.models.layout import Rows, plain_rows
+from rlhf.models.load import base_model
 from rlhf.models.policy import switch_off_dropout
 from rlhf.rollout import TokenBatch
 
 
 class ScalarModel(nn.Module):
     """Reads the scalar head at the last real token of each row (Ouyang et al. 2022; positions from the mask, never
-    from pad ids). ``reward_center`` in the model's config is subtracted by whoever scores with it, not here."""
+    from pad ids). ``reward_center`` in the model's config is subtracted by whoever scores with it, not here.
+
+    classifier: a transformers sequence classifier, or a PeftModel around one."""
 
     def __init__(self, classifier: nn.Module, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -25,7 +28,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
         """{"scores": [R]} in float32 or wider."""
-        model = cast(Any, self.classifier)
+        model = cast(Any, base_model(self.classifier))
         decoder = getattr(model, model.base_model_prefix)
         low = self.compute_dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(input_ids.device.type, dtype=self.compute_dtype if low else None, enabled=low):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rlhf.interfaces import Need, StatsRequest, TokenStats, Unit
@@ -50,15 +51,41 @@ class Demonstrations:
         return {self.name: losses.nll_sum(stats.logprobs, batch.counted, batch.valid)}
 
 
+class Pairs(NamedTuple):
+    """[P] each: row of the preferred completion, row of the other one, how much better it should score (0 = any)."""
+
+    better: Tensor
+    worse: Tensor
+    margin: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairBatch(TokenBatch):
-    """Pairs of rows, the chosen one first; a pair is a unit.
+    """Completions and which of them are preferred to which; the completions of a prompt are a unit.
 
-    chosen [B] bool; margin [B] float: how much better chosen should score (0 = no margin), the same on both rows.
+    A completion is one row however many pairs it is in: K forwards for the K(K − 1)/2 pairs of a prompt, and never two
+    gradients of one completion from different steps (Ouyang et al. 2022, §3.5).
+
+    member  [B] int64: the row's number within its group
+    beats   B tuples: (member, margin) of every completion of its group that this row is preferred to
     """
 
-    chosen: Tensor
-    margin: Tensor
+    member: Tensor
+    beats: tuple[tuple[tuple[int, float], ...], ...]
+
+    def pairs(self) -> Pairs:
+        """All pairs between valid rows."""
+        groups, members, valid = self.group.tolist(), self.member.tolist(), self.valid.tolist()
+        place = {key: row for row, key in enumerate(zip(groups, members, strict=True))}
+        found = [
+            (row, place[groups[row], other], margin)
+            for row, beaten in enumerate(self.beats)
+            if valid[row]
+            for other, margin in beaten
+        ]
+        rows = torch.tensor([pair[:2] for pair in found], dtype=torch.long, device=self.group.device).reshape(-1, 2)
+        margin = torch.tensor([pair[2] for pair in found], dtype=torch.float32, device=self.group.device)
+        return Pairs(rows[:, 0], rows[:, 1], margin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +98,13 @@ class BradleyTerry:
     request: StatsRequest = field(default_factory=StatsRequest)
 
     def count(self, batch: TokenBatch) -> Tensor:
-        return batch.valid.sum() // 2
+        assert isinstance(batch, PairBatch)
+        return torch.tensor(
+            sum(len(beaten) for beaten, valid in zip(batch.beats, batch.valid.tolist(), strict=True) if valid)
+        )
 
     def loss_sum(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
         assert isinstance(batch, PairBatch) and stats.scores is not None
-        first, second = batch.chosen & batch.valid, ~batch.chosen & batch.valid
-        margin = batch.margin[first].to(stats.scores.dtype)
-        return {self.name: losses.bradley_terry_sum(stats.scores[first], stats.scores[second], margin)}
+        better, worse, margin = batch.pairs()
+        scores = stats.scores
+        return {self.name: losses.bradley_terry_sum(scores[better], scores[worse], margin.to(scores.dtype))}

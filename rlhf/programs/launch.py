@@ -178,11 +178,12 @@ def _export(
     """A transformers folder with weights, tokenizer, generation config and model card."""
     inner: Any = distributed.unwrap(job.model)
     model: Any = getattr(inner, "causal_lm", None) or inner.classifier
+    merge = hasattr(inner, "classifier")  # a reward model is loaded by other runs, which know nothing of its adapter
     with runtime.gathered(job.model):
         if runtime.main:
             stops = stop_ids(job.tokenizer, getattr(model, "generation_config", None))
             card = _card(recipe, folder.parent)
-            load.export(model, job.tokenizer, folder, stop_ids=stops, card=card, extra=extra)
+            load.export(model, job.tokenizer, folder, stop_ids=stops, card=card, merge=merge, extra=extra)
     runtime.barrier()
 
 

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.data.examples import Preference
 from rlhf.interfaces import Collective, StatsRequest, TokenStats
-from rlhf.models.chat import Dialogue
+from rlhf.models.chat import Dialogue, render_completion, render_prompt
 from rlhf.models.layout import plain_rows
 from rlhf.models.policy import token_stats
 from rlhf.models.scalar import scalar_stats
 from rlhf.objectives.supervised import DemonstrationBatch, PairBatch
 from rlhf.programs.measure import global_means
-from rlhf.programs.streams import pair_batch
+from rlhf.programs.reward_figures import HeldOut, figures
 from rlhf.rollout import TokenBatch
 from rlhf.runtime import microbatches
 from rlhf.runtime.distributed import Runtime
@@ -42,30 +41,38 @@ def demonstration_loss(
 
 
 def pair_metrics(batch: PairBatch, stats: TokenStats, runtime: Collective) -> dict[str, float]:
-    """Accuracy, margin and mean score of the pairs just trained on, before the step."""
+    """Accuracy and margin of the pairs just trained on, and their completions' mean score, before the step."""
     assert stats.scores is not None
-    chosen, rejected = stats.scores[batch.chosen], stats.scores[~batch.chosen]
+    better, worse, _ = batch.pairs()
+    chosen, rejected = stats.scores[better], stats.scores[worse]
     pairs = torch.tensor(float(len(chosen)), device=chosen.device)
     return global_means(
         {
             "reward_model/accuracy": ((chosen > rejected).sum(), pairs),
             "reward_model/margin": ((chosen - rejected).sum(), pairs),
-            "reward_model/score_mean": (stats.scores.sum(), 2 * pairs),
+            "reward_model/score_mean": (stats.scores.sum(), torch.ones_like(stats.scores).sum()),
         },
         runtime,
     )
 
 
-def pairwise_accuracy(
-    model: nn.Module, pairs: Sequence[Preference], tokenizer: Any, budget_tokens: int, runtime: Runtime
+def ranking_figures(
+    model: nn.Module, rows: HeldOut, tokenizer: Any, budget_tokens: int, runtime: Runtime
 ) -> dict[str, float]:
-    """``eval/accuracy``: share of held-out pairs with r(chosen) > r(rejected)."""
-    if not pairs:
+    """``eval/…``: what the reward model is worth on held-out pairs, the same on every rank."""
+    if not rows.pairs:
         return {}
-    batch = pair_batch(own_part(pairs, runtime), tokenizer).to(runtime.device)
+    mine = own_part(range(len(rows.items)), runtime)
+    prompts = [render_prompt(tokenizer, rows.items[i][0]) for i in mine]
+    completions = [render_completion(tokenizer, *rows.items[i]) for i in mine]
+    batch = TokenBatch.from_ids(prompts, completions).to(runtime.device)
     found = microbatches.score(batch, partial(scalar_stats, model), budget_tokens, runtime)
-    metrics = pair_metrics(batch, found, runtime)
-    return {f"eval/{name.split('/')[1]}": value for name, value in metrics.items()}
+    assert found.scores is not None
+    scores, lengths = torch.zeros(2, len(rows.items), dtype=torch.float64)
+    own = (mine, found.scores.tolist(), [len(ids) for ids in completions])
+    for places, values, tokens in runtime.gather_objects(own):
+        scores[places], lengths[places] = scores.new_tensor(values), lengths.new_tensor(tokens)
+    return figures(rows, scores, lengths)
 
 
 def mean_score(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlhf.data.examples import Demonstration, Preference
-from rlhf.data.order import positions
+from rlhf.data.order import epoch_permutation, positions, subset
 from rlhf.interfaces import TokenStats
 from rlhf.models.chat import Dialogue, render_completion, render_dialogue, render_prompt
 from rlhf.models.layout import plain_rows
@@ -101,31 +101,67 @@ class InstructionTerms:
         return global_means({"kl/instruction": (lost, batch.valid.sum())}, self.runtime)
 
 
-def pair_batch(pairs: Sequence[Preference], tokenizer: Any) -> PairBatch:
-    """Rows 2i and 2i + 1: the chosen and the rejected completion of pair i, as the reward model reads them."""
-    sides = [(pair, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+PromptPairs = Sequence[Preference]  # the pairs of one prompt
+
+
+def by_prompt(pairs: Sequence[Preference]) -> list[PromptPairs]:
+    """Pairs that share a prompt together, in the order in which prompts first appear.
+
+    Equal conversations render to equal text. Pairs of labelled text have no prompt to share: each stands alone.
+    """
+    prompts: dict[object, list[Preference]] = {}
+    for index, pair in enumerate(pairs):
+        prompt = pair.prompt
+        shared = prompt.turns or prompt.text
+        prompts.setdefault((prompt.turns, prompt.text) if shared else index, []).append(pair)
+    return list(prompts.values())
+
+
+def pair_batch(prompts: Sequence[PromptPairs], tokenizer: Any) -> PairBatch:
+    """One row for each completion of each prompt, as the reward model reads it, in order of first appearance."""
+    rows = []
+    for group, pairs in enumerate(prompts):
+        texts = list(dict.fromkeys(text for pair in pairs for text in (pair.chosen, pair.rejected)))
+        ids = render_prompt(tokenizer, pairs[0].prompt)
+        for member, text in enumerate(texts):
+            beats = tuple((texts.index(pair.rejected), pair.margin or 0.0) for pair in pairs if pair.chosen == text)
+            rows.append((ids, render_completion(tokenizer, pairs[0].prompt, text), group, member, beats))
     return PairBatch.from_ids(
-        [render_prompt(tokenizer, pair.prompt) for pair, _ in sides],
-        [render_completion(tokenizer, pair.prompt, text) for pair, text in sides],
-        group=[i // 2 for i in range(len(sides))],
-        chosen=torch.arange(len(sides)) % 2 == 0,
-        margin=torch.tensor([pair.margin or 0.0 for pair, _ in sides], dtype=torch.float32),
+        [row[0] for row in rows],
+        [row[1] for row in rows],
+        group=[row[2] for row in rows],
+        member=torch.tensor([row[3] for row in rows]),
+        beats=tuple(row[4] for row in rows),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffledPairs:
-    """A step's pairs. ``epoch_pairs(epoch)``: the pairs of an epoch (labelled text is paired anew each time)."""
+    """A step's prompts, each with all its pairs: ``per_step`` of an endless sequence of shuffled epochs.
 
-    epoch_pairs: Callable[[int], Sequence[Preference]]
+    epoch_prompts(epoch): the prompts of an epoch (labelled text is paired anew each time, and a source of fractional
+    weight has other rows). per_epoch: how many they are in epoch 0, and the slots of every epoch; where an epoch has
+    fewer, the first come twice, and where it has more, the last are left out. pairs_per_prompt: at most so many pairs
+    of a prompt, drawn anew each epoch; None = all.
+    """
+
+    epoch_prompts: Callable[[int], Sequence[PromptPairs]]
     per_epoch: int
     per_step: int
     seed: int
     own: slice
     tokenizer: Any
+    pairs_per_prompt: int | None = None
 
     def at(self, step: int) -> PairBatch:
         first = (step - 1) * self.per_step
-        rows = positions(step, self.per_step, self.per_epoch, self.seed)
-        where = [((first + offset) // self.per_epoch, row) for offset, row in enumerate(rows)]
-        return pair_batch([self.epoch_pairs(epoch)[row] for epoch, row in where[self.own]], self.tokenizer)
+        slots = range(first, first + self.per_step)[self.own]
+        return pair_batch([self._pairs(*divmod(slot, self.per_epoch)) for slot in slots], self.tokenizer)
+
+    def _pairs(self, epoch: int, slot: int) -> PromptPairs:
+        prompts = self.epoch_prompts(epoch)
+        index = int(epoch_permutation(len(prompts), self.seed, epoch)[slot % len(prompts)])
+        pairs, limit = prompts[index], self.pairs_per_prompt
+        if limit is None or len(pairs) <= limit:
+            return pairs
+        return [pairs[i] for i in subset(len(pairs), limit, self.seed, epoch, index)]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from rlhf.interfaces import Objective, TokenStats, TrainState
@@ -43,8 +44,8 @@ def train(run: SupervisedRun, state: TrainState) -> TrainState:
         batch = run.batches.at(step).to(session.runtime.device)
         with clock("update"):
             report = run.updater.step([Term(objective=run.objective, batch=batch)], step)
-        tokens = int(session.runtime.sum(batch.lengths.sum()))
-        rows = len(batch) * session.runtime.world_size
+        size = torch.stack([batch.lengths.sum(), batch.lengths.new_tensor(len(batch))])
+        tokens, rows = map(int, session.runtime.sum(size).tolist())
         state = replace(
             state,
             step=step,

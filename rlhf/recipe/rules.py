@@ -255,14 +255,6 @@ def nothing_is_pushed(recipe: Recipe) -> Iterator[Problem]:
 
 
 @rule
-def every_pair_of_a_prompt_counts(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.objective == "reward" and recipe.reward_model.pairs_per_prompt is not None:
-        yield Problem(("reward_model", "pairs_per_prompt"), "sampling pairs is not in this version; set null for all")
-    if recipe.objective == "reward" and recipe.reward_model.margin == "none":
-        yield Problem(("reward_model", "margin"), "leaving margins out is not in this version; set auto")
-
-
-@rule
 def the_best_can_be_found(recipe: Recipe) -> Iterator[Problem]:
     """The best of something that is never measured would be nothing, and nobody would notice."""
     name = recipe.eval.keep_best

@@ -303,7 +303,9 @@ class Sft(Section):
 class RewardModelSettings(Section):
     """Settings of objective `reward`."""
 
-    pairs_per_prompt: Count | None = Field(default=None, description="null = all pairs of a prompt.")
+    pairs_per_prompt: Count | None = Field(
+        default=None, description="At most so many of a prompt, drawn anew each epoch; null = all."
+    )
     margin: Literal["auto", "none"] = Field(default="auto", description="auto: the rows' margin where they have one.")
     center: bool = Field(default=True, description="Shift the head so that demonstrations average 0.")
     epochs: Count = Field(default=1, description="Passes over `data.train`, unless `run.steps` is set.")
@@ -322,7 +324,9 @@ class Optim(Section):
 class Batch(Section):
     """Sizes, global over all ranks; gradient accumulation is derived."""
 
-    prompts_per_step: Count = Field(default=128, description="Prompts of a rollout; rows of sft, pairs of reward.")
+    prompts_per_step: Count = Field(
+        default=128, description="Prompts of a rollout, or of reward with all their pairs; rows of sft."
+    )
     microbatch_tokens: Count = Field(default=16384, description="Tokens of one forward and backward.")
 
 

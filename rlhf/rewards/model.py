@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rlhf.errors import UserError
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.models.scalar import ScalarModel
-from rlhf.rollout import Rollout, pad_rows
+from rlhf.rewards import canary
+from rlhf.rollout import Prompt, Rollout, pad_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,28 +50,37 @@ class RewardModel:
 
         A completion that did not finish is scored as it stands: its turn is never closed for it.
         """
-        rows = self.token_rows(rollout)
+        return self.score_texts(rollout.prompts, rollout.texts, rollout.finished.tolist()).to(rollout.group.device)
+
+    def score_texts(
+        self, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool] | None = None
+    ) -> Tensor:
+        """[B] float32 on the CPU: the scores of completions given as text; finished None = all are."""
+        rows = self._rows(prompts, texts, finished or [True] * len(texts))
         scores = torch.full((len(rows),), torch.nan)
         fitting = [i for i, row in enumerate(rows) if self.max_tokens is None or len(row) <= self.max_tokens]
         for part in microbatches([len(rows[i]) for i in fitting], self.microbatch_tokens):
             chosen = [fitting[i] for i in part]
-            scores[chosen] = self._forward([rows[i] for i in chosen]).float().cpu() - self.center
-        return scores.to(rollout.group.device)
+            scores[chosen] = self.forward([rows[i] for i in chosen]).float().cpu() - self.center
+        return scores
 
     def token_rows(self, rollout: Rollout) -> list[list[int]]:
         """Prompt and completion in this model's own tokens, [B] lists."""
-        prompts: dict[int, list[int]] = {}
-        for prompt in rollout.prompts:  # the k completions of a prompt share the object
-            if id(prompt) not in prompts:
-                prompts[id(prompt)] = render_prompt(self.tokenizer, prompt)
+        return self._rows(rollout.prompts, rollout.texts, rollout.finished.tolist())
+
+    def _rows(self, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool]) -> list[list[int]]:
+        rendered: dict[int, list[int]] = {}
+        for prompt in prompts:  # the k completions of a prompt share the object
+            if id(prompt) not in rendered:
+                rendered[id(prompt)] = render_prompt(self.tokenizer, prompt)
         return [
-            prompts[id(prompt)] + render_completion(self.tokenizer, prompt, text, finished)
-            for prompt, text, finished in zip(rollout.prompts, rollout.texts, rollout.finished.tolist(), strict=True)
+            rendered[id(prompt)] + render_completion(self.tokenizer, prompt, text, ended)
+            for prompt, text, ended in zip(prompts, texts, finished, strict=True)
         ]
 
     @torch.no_grad()
-    def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """[n] scores read at each row's last token."""
+    def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """[n] scores of one padded forward, read at each row's last token; not centred."""
         model = cast(Any, self.model)
         device = next(model.parameters()).device
         ids, mask = (value.to(device) for value in pad_rows(rows, side="right"))
@@ -106,12 +116,50 @@ def load_reward_model(
     """A frozen reward model and its tokenizer from a folder or the hub.
 
     Weights are float32 when computing in float32, else in the type they were stored in. Raises UserError where nothing
-    can be loaded, where the head has another number of outputs than one, and where weights are missing (they would be
-    random, and a random head still gives scores).
+    can be loaded, where the head has another number of outputs than one, where weights are missing (they would be
+    random, and a random head still gives scores), and where the canary's texts show that the scores mean nothing.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     where = f"reward.models: path={path}"
+    tokenizer = _checked_tokenizer(path, where)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=torch.float32 if compute_dtype == torch.float32 else "auto",
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: no reward model could be loaded ({_first_line(error)})") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(
+            f"{where}: the checkpoint lacks weights ({missing}); they would be random: train it with objective=reward"
+        )
+    model.requires_grad_(False).eval()
+    loaded = RewardModel(
+        name=name or short_name(path),
+        model=model.to(device),
+        tokenizer=tokenizer,
+        compute_dtype=compute_dtype,
+        microbatch_tokens=microbatch_tokens,
+    )
+    canary.scores_mean_something(
+        loaded.forward,
+        loaded.model,
+        tokenizer,
+        where=where,
+        max_tokens=loaded.max_tokens,
+        tolerance=1e-4 if compute_dtype == torch.float32 else 0.1,  # 8 bits of mantissa, sums in another order
+    )
+    return loaded
+
+
+def _checked_tokenizer(path: str, where: str) -> Any:
+    """The reward model's tokenizer, after what can be refused without reading the weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
     try:
         config = AutoConfig.from_pretrained(path)
         if config.num_labels != 1:
@@ -119,31 +167,17 @@ def load_reward_model(
                 f"{where}: has {config.num_labels} outputs (num_labels), and a reward model has one; a language model "
                 "becomes one with objective=reward"
             )
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=torch.float32 if compute_dtype == torch.float32 else "auto",
-            output_loading_info=True,
-            use_safetensors=True,
-        )
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{where}: no reward model could be loaded ({reason})") from error
+        raise UserError(f"{where}: no reward model could be loaded ({_first_line(error)})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up for a folder without one
         raise UserError(f"{where}: holds no tokenizer, and a reward model reads text with its own; save it beside it")
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(
-            f"{where}: the checkpoint lacks weights ({missing}); they would be random: train it with objective=reward"
-        )
-    model.requires_grad_(False).eval()
-    return RewardModel(
-        name=name or short_name(path),
-        model=model.to(device),
-        tokenizer=tokenizer,
-        compute_dtype=compute_dtype,
-        microbatch_tokens=microbatch_tokens,
-    )
+    canary.tokenizer_fits(tokenizer, getattr(config.get_text_config(), "vocab_size", None), where)
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
 
 
 def short_name(path: str) -> str:

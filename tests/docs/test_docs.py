@@ -27,7 +27,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Written in more than one place, or put together from a name: the files whose string literals are metrics.
 METRIC_SOURCES = (
-    *(f"rlhf/programs/{name}.py" for name in ("measure", "evaluation", "scoring", "streams", "policy", "supervised")),
+    *(
+        f"rlhf/programs/{name}.py"
+        for name in ("measure", "evaluation", "scoring", "reward_figures", "streams", "policy", "supervised")
+    ),
     *("rlhf/rewards/combine.py", "rlhf/assemble/supervised.py"),
 )
 _METRIC = re.compile(
@@ -120,7 +123,7 @@ def test_named_functions_exist(name: str) -> None:
         assert dotted.endswith((".yaml", ".html")) or exists(dotted), f"{name}: {dotted}"
 
 
-@pytest.mark.parametrize("module", ["kl", "losses", "baselines", "returns", "variance", "logprobs"])
+@pytest.mark.parametrize("module", ["kl", "losses", "baselines", "returns", "variance", "logprobs", "ranking"])
 def test_every_formula_has_its_place_in_the_algorithms(module: str) -> None:
     """All public functions of the maths. ``*_of`` and ``chosen`` are the same formulas on log-probabilities at hand."""
     page = text_of("docs/algorithms.md")

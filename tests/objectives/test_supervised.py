@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from rlhf.interfaces import StatsRequest, TokenStats
-from rlhf.objectives.supervised import BradleyTerry, Demonstrations, PairBatch
-from rlhf.rollout import TokenBatch
+from rlhf.objectives.supervised import BradleyTerry, DemonstrationBatch, Demonstrations, PairBatch
 from rlhf.runtime.microbatches import split
 
 NAN = float("nan")
 
 
-def demonstrations() -> TokenBatch:
+def demonstrations() -> DemonstrationBatch:
     """Completions of 2, 1 and 3 tokens; the last row does not count."""
-    batch = TokenBatch.from_ids([[2], [2], [2]], [[5, 1], [1], [5, 5, 1]])
+    batch = DemonstrationBatch.of([([2], ids, [True] * len(ids)) for ids in ([5, 1], [1], [5, 5, 1])])
     return replace(batch, valid=torch.tensor([True, True, False]))
 
 
@@ -51,8 +50,8 @@ def pairs(margin: tuple[float, ...] = (0, 0, 1), valid: tuple[bool, ...] = (True
         [[2]] * 6,
         [[5, 1], [1], [1], [5, 5, 1], [5, 1], [1]],
         group=[0, 0, 1, 1, 2, 2],
-        chosen=torch.tensor([True, False, False, True, True, False]),
-        margin=torch.tensor(margin, dtype=torch.float64).repeat_interleave(2),
+        member=torch.tensor([0, 1, 0, 1, 0, 1]),
+        beats=(((1, margin[0]),), (), (), ((0, margin[1]),), ((1, margin[2]),), ()),
     )
     return replace(batch, valid=torch.tensor(valid).repeat_interleave(2))
 
@@ -106,3 +105,18 @@ def test_pairs_stay_together_in_microbatches() -> None:
 def test_what_they_ask_for() -> None:
     assert BradleyTerry().unit == "pair" and BradleyTerry().needs == {"pairs"}
     assert Demonstrations().unit == "completion" and not Demonstrations().request.reference
+
+
+def test_a_completion_in_several_pairs_is_one_row() -> None:
+    """Three completions ranked 0 over 1 over 2, all three pairs: leads 1, 3 and 2."""
+    batch = PairBatch.from_ids(
+        [[2]] * 3,
+        [[5], [6], [7]],
+        group=[4, 4, 4],
+        member=torch.arange(3),
+        beats=(((1, 0.0), (2, 0.0)), ((2, 0.0),), ()),
+    )
+    values = torch.tensor([3.0, 2.0, 0.0], dtype=torch.float64)
+    assert int(BradleyTerry().count(batch)) == 3
+    found = BradleyTerry().loss_sum(scored(values), batch)["reward"].item()
+    assert found == pytest.approx(sum(log(1 + exp(-lead)) for lead in (1, 3, 2)), rel=1e-12)

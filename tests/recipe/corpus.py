@@ -254,6 +254,9 @@ VALID: dict[str, str] = {
         data="data: {train: [{path: rows.jsonl}], instruction: [{path: rows.jsonl}]}",
         instruction="instruction: {coefficient: 0.1}",
     ),
+    "some pairs, no margins": recipe(
+        objective="objective: reward", reward_model="reward_model: {pairs_per_prompt: 2, margin: none}", reward=None
+    ),
     "an ensemble": recipe(reward="reward: {combine: min, models: [{path: model}, {path: model, weight: 2}]}"),
     "an absolute output": run("output_dir: '/tmp/rlhf-corpus/{name}'"),
     "40 hexadecimal digits that are no key": recipe(run=f"run: {{name: {'ab' * 20}}}"),

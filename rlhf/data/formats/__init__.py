@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.data.formats.convert import texts, to_demonstrations, to_preferences, to_prompts
+from rlhf.data.formats.convert import texts, to_demonstrations, to_labelled, to_preferences, to_prompts
 from rlhf.data.formats.format import Asked, BadRow, Drop, Format, Pair, Reply, Row, Rows
 from rlhf.data.formats.table import FORMATS, TABLE, detect, find
 from rlhf.rollout import Turn
@@ -23,6 +23,7 @@ __all__ = [
     "find",
     "texts",
     "to_demonstrations",
+    "to_labelled",
     "to_preferences",
     "to_prompts",
 ]

@@ -88,7 +88,7 @@ class PlainText(Format):
         """Positive over negative, prompts empty. Pairs are drawn by (seed, epoch); each row is in one pair per epoch,
         and of the larger class some rows wait for another epoch."""
         sides: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
-        for row_id, (label, text) in each(rows, _labelled, drop):
+        for row_id, (label, text) in each(rows, labelled, drop):
             sides[label].append((row_id, text))
         if not (sides[True] and sides[False]):
             for row_id, _ in (*sides[True], *sides[False]):
@@ -116,7 +116,8 @@ def _text(row: Row) -> str:
     return text
 
 
-def _labelled(row: Row) -> tuple[bool, str]:
+def labelled(row: Row) -> tuple[bool, str]:
+    """Whether a text is positive, and the text. Raises BadRow."""
     label = _LABELS.get(str(row["label"]).strip().lower())
     if label is None:
         raise BadRow("label is neither positive (1, pos, true) nor negative (0, neg, false)")

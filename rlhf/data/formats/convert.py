@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf.data.dropped import Dropped, Where, row_number
 from rlhf.data.examples import Demonstration, Preference
+from rlhf.data.formats.common import PlainText, labelled
 from rlhf.data.formats.format import Asked, BadRow, Format, Pair, Reply, Row, Rows, each
 from rlhf.data.formats.table import find, require
 from rlhf.data.formats.turns import user
@@ -94,6 +95,15 @@ def texts(row: Row, format: Format | None = None) -> list[str]:
         before = [asked] if isinstance(asked, str) else [turn.content for turn in asked]
         return [text for text in (*before, *replies) if text]
     return []
+
+
+def to_labelled(rows: Sequence[Row], *, format: str = "auto") -> list[Demonstration]:
+    """All labelled texts, unpaired, with ``prompt.columns["label"]`` True for positive; none where rows have another
+    format, and rows without a label are left out."""
+    if find(rows, format).name != PlainText.name:
+        return []
+    found = each(list(enumerate(rows)), labelled, lambda row_id, reason: None)
+    return [Demonstration(Prompt(row_id=row_id, columns={"label": label}), text) for row_id, (label, text) in found]
 
 
 def _pieces(found: Pair | Reply | Asked) -> tuple[Asked, tuple[str, ...]]:
