@@ -15,11 +15,12 @@ help:
 	@echo "make check       format, lint, types, layering"
 	@echo "make format      put the code into the format that make check wants"
 
+# --no-compile: most modules of these packages are never imported; Python compiles the others when they are.
 setup: $(STAMP)
 
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[dev]"
 	rm -f $(VENV)/installed-*
 	touch $@
 
