@@ -58,6 +58,15 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
+def decode_texts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The text of each row of ids, special tokens and spaces as they are; in one call like ``encode_texts``."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) for ids in rows]
+    found: list[str] = backend.decode_batch([list(ids) for ids in rows], skip_special_tokens=False)
+    return found
+
+
 def render_completion(tokenizer: Any, prompt: Prompt, completion: str, finished: bool = True) -> list[int]:
     """Ids that follow ``render_prompt``'s: the completion's own tokens and, when ``finished``, the token that ends it
     (the template's turn end for a conversation, EOS for plain text). The text is tokenised on its own: it never merges

@@ -181,6 +181,7 @@ def test_the_settings_of_a_tokenizer_count_when_many_texts_are_encoded(gemma: An
     texts = [*TEXTS, "", "a <eos> b"]
     one_by_one = [gemma.encode(text, add_special_tokens=False) for text in texts]
     assert chat.encode_texts(gemma, texts) == one_by_one
+    assert chat.decode_texts(gemma, one_by_one) == texts
     gemma.backend_tokenizer.enable_truncation(2)  # as a tokenizer.json may have it
     assert chat.encode_texts(gemma, texts) == one_by_one
 

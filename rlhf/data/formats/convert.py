@@ -17,7 +17,7 @@ from rlhf.data.formats.format import Asked, BadRow, Format, Pair, Reply, Row, Ro
 from rlhf.data.formats.table import find, require
 from rlhf.data.formats.turns import user
 from rlhf.errors import UserError
-from rlhf.models.chat import encode_texts
+from rlhf.models.chat import decode_texts, encode_texts
 from rlhf.rollout import Prompt
 
 
@@ -142,14 +142,14 @@ def _cut(found: Iterable[tuple[int, Asked]], tokenizer: Any, tokens: int, take: 
     """The text of the first ``tokens`` tokens. It must stand for exactly these tokens, or the prompt that the policy
     sees would have another length than the recipe says (a cut inside a character is the usual case)."""
     whole = [(row_id, text) for row_id, text in found if isinstance(text, str)]
-    kept: list[tuple[int, str, list[int]]] = []
+    kept: list[tuple[int, list[int]]] = []
     for (row_id, _), ids in zip(whole, _first_ids(tokenizer, [text for _, text in whole], tokens), strict=True):
         if len(ids) <= tokens:
             take.drop(row_id, f"text has no more than {tokens} tokens")
         else:
-            cut = str(tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False))
-            kept.append((row_id, cut, ids[:tokens]))
-    for (row_id, cut, wanted), ids in zip(kept, encode_texts(tokenizer, [cut for _, cut, _ in kept]), strict=True):
+            kept.append((row_id, ids[:tokens]))
+    cuts = decode_texts(tokenizer, [ids for _, ids in kept])
+    for (row_id, wanted), cut, ids in zip(kept, cuts, encode_texts(tokenizer, cuts), strict=True):
         if ids == wanted:
             yield row_id, cut
         else:
@@ -159,7 +159,7 @@ def _cut(found: Iterable[tuple[int, Asked]], tokenizer: Any, tokens: int, take: 
 def _first_ids(tokenizer: Any, texts: Sequence[str], tokens: int) -> list[list[int]]:
     """Ids of each text, at least the first ``tokens`` and one more where it has them. A long text is encoded as far as
     is surely enough: what stands far behind the cut has no say in the tokens before it."""
-    enough = 8 * tokens + 64  # characters
+    enough = 6 * tokens + 48  # characters
     found = encode_texts(tokenizer, [text[:enough] for text in texts])
     short = [at for at, text in enumerate(texts) if len(text) > enough and len(found[at]) <= tokens + 8]
     for at, ids in zip(short, encode_texts(tokenizer, [texts[at] for at in short]), strict=True):
