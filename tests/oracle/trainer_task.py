@@ -7,6 +7,7 @@ is, and π*(y|x) ∝ π_ref(y|x)·exp(r/β) can be written down.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
     return [_table()[pair] for pair in zip(prompts, completions, strict=True)]
 
 
+@lru_cache
 def _table() -> dict[tuple[str, str], float]:
     scores = reference_policy().rewards
     return {
