@@ -40,24 +40,33 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
 
-def folder_with_recipe(path: Path, steps: int) -> Path:
+def folder_with_recipe(path: Path, steps: int, objective: str) -> Path:
     path.mkdir()
-    (path / "recipe.yaml").write_text(RECIPE.replace("steps: 8", f"steps: {steps}"), encoding="utf-8")
+    text = RECIPE.replace("steps: 8", f"steps: {steps}").replace("objective: reinforce", f"objective: {objective}")
+    if objective == "reward":
+        text = text.replace("heldout_prompts", "preferences")
+    (path / "recipe.yaml").write_text(text, encoding="utf-8")
     return path
 
 
+def run_of(folder: Path) -> Path:
+    """The only run directory, or where it will be."""
+    return next(iter((folder / "runs").glob("kill-*")), folder / "runs" / "none")
+
+
 def final(folder: Path) -> tuple[str, list[tuple[int, float]]]:
-    """Hash of the final weights, and (step, reward) of every line of the metrics."""
-    run = folder / "runs" / "kill-reinforce"
+    """Hash of the final weights, and (step, loss) of every training step in the metrics."""
+    run = run_of(folder)
     assert json.loads((run / "run.json").read_text())["status"] == "finished", (folder / "log").read_text()[-3000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rewards = [(row["step"], row["reward/score_mean"]) for row in rows if "reward/score_mean" in row]
-    return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest(), rewards
+    losses = [(row["step"], row[name]) for row in rows for name in ("policy/loss", "loss/reward") if name in row]
+    assert losses and [step for step, _ in losses] == list(range(1, len(losses) + 1))
+    return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest(), losses
 
 
 def logged(folder: Path) -> int:
     """Lines of the metrics so far: about one a step."""
-    file = folder / "runs" / "kill-reinforce" / "metrics.jsonl"
+    file = run_of(folder) / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
@@ -91,10 +100,10 @@ def killed(folder: Path, kills: int, steps: int, draw: random.Random) -> int:
     return hits
 
 
-def _compare(tmp_path: Path, kills: int, seed: int, steps: int) -> int:
-    whole = folder_with_recipe(tmp_path / "whole", steps)
+def _compare(tmp_path: Path, kills: int, seed: int, steps: int, objective: str = "reinforce") -> int:
+    whole = folder_with_recipe(tmp_path / "whole", steps, objective)
     assert start(whole).wait(timeout=300) == 0, (whole / "log").read_text()[-3000:]
-    broken = folder_with_recipe(tmp_path / "broken", steps)
+    broken = folder_with_recipe(tmp_path / "broken", steps, objective)
     hits = killed(broken, kills, steps, random.Random(seed))
     assert final(broken) == final(whole)
     return hits
@@ -102,6 +111,10 @@ def _compare(tmp_path: Path, kills: int, seed: int, steps: int) -> int:
 
 def test_two_kills_change_nothing(tmp_path: Path) -> None:
     assert _compare(tmp_path, kills=2, seed=1, steps=8) == 2
+
+
+def test_a_reward_model_survives_a_kill(tmp_path: Path) -> None:
+    assert _compare(tmp_path, kills=1, seed=3, steps=10, objective="reward") == 1
 
 
 @pytest.mark.slow  # minutes: twelve starts of a process that imports torch and transformers

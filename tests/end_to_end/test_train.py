@@ -235,3 +235,10 @@ def test_what_a_reward_function_notes_stands_beside_its_completion(recipe: str) 
     assert len(rows) == 4  # two of each step
     for row in rows:
         assert row["extra"] == {"words": len(row["completion"].split()), "kind": "1j"}
+
+
+def test_a_reward_function_of_trl_runs_as_it_is(recipe: str, sft: Path) -> None:
+    """By dotted name, with TRL's signature: conversational completions are message lists."""
+    run = train(recipe, 'reward.functions=[{call: "trl.rewards:think_format_reward"}]', "rollout.samples_per_prompt=2")
+    assert [row["reward/score_mean"] for row in run.metrics] == [0.0, 0.0]  # no tiny model writes <think> by chance
+    assert all(row["reward/valid_rate"] == 1.0 for row in run.metrics)

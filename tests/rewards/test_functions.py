@@ -55,6 +55,19 @@ def test_a_function_is_given_what_trl_gives() -> None:
     assert reward.log.values == {"tries": [1.0, 2.0]}
 
 
+def test_functions_of_trl_run_as_they_are() -> None:
+    from trl.rewards import accuracy_reward, think_format_reward
+
+    said = ("<think>\n2 + 2\n</think>\nIt is 4.", "It is 4.", "<think>4")
+    rows = replace(rollout(CHAT, CHAT, CHAT), texts=said)
+    assert FunctionReward("format", think_format_reward).score(rows, 1).tolist() == [1.0, 0.0, 0.0]
+    solved = replace(CHAT, columns={"solution": r"$\frac{63}{400}$"})
+    rows = replace(rollout(solved, solved), texts=(r"\boxed{\frac{63}{400}}", r"\boxed{\frac{64}{400}}"))
+    reward = FunctionReward("accuracy", accuracy_reward)
+    assert reward.score(rows, 1).tolist() == [1.0, 0.0]
+    assert set(reward.log.extras) and all(len(column) == 2 for column in reward.log.extras.values())
+
+
 def test_what_was_logged_belongs_to_one_call() -> None:
     def function(trainer_state: TrainerState, log_metric: Any, **_: Any) -> list[float]:
         if trainer_state.global_step == 1:
