@@ -22,6 +22,7 @@ from rlhf.models.chat import render_completion, render_prompt
 from rlhf.programs import check_show as show
 from rlhf.programs.hub import offline_reason
 from rlhf.programs.launch import quiet_libraries
+from rlhf.programs.streams import by_prompt
 from rlhf.recipe import Recipe
 from rlhf.recipe.paths import place
 from rlhf.recipe.rules import reads
@@ -180,6 +181,9 @@ def _counted(recipe: Recipe, kind: str, entry: DataSource, tokenizer: Any, found
         found.tokens += [Tokens(row.prompt, (row.completion,), (row.counted,)) for row in rows]
     else:
         pairs, report = assembled.preferences(recipe, [entry], tokenizer)
+        if (different := len(by_prompt(pairs))) < len(pairs):
+            size = recipe.batch.prompts_per_step
+            found.notes.append(f"{len(pairs)} pairs of {different} prompts; a step takes {size} prompts, all pairs")
         for pair in pairs:
             sides = (render_completion(tokenizer, pair.prompt, text) for text in (pair.chosen, pair.rejected))
             found.tokens.append(Tokens(render_prompt(tokenizer, pair.prompt), tuple(sides)))

@@ -115,6 +115,11 @@ def test_prompts_and_pairs(check: Check) -> None:
     assert chosen.endswith("[<end_of_turn>]") and rejected.startswith("or: [N") and rejected.endswith("[<end_of_turn>]")
 
 
+def test_pairs_that_share_prompts_are_counted_as_a_step_takes_them(check: Check) -> None:
+    lines = check("reward", [*PAIRS, PAIRS[0] | {"chosen": "Bye"}], "batch.prompts_per_step=8")
+    assert "data.train: 2 pairs of 1 prompts; a step takes 8 prompts, all pairs" in labelled(lines, "rows")
+
+
 def test_no_text_of_a_row_reaches_the_terminal_raw(check: Check) -> None:
     lines = check("sft", [CHAT[3]])
     assert "\x1b" not in "".join(lines) and r"\x1b" in "".join(lines)
