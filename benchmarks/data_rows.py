@@ -22,20 +22,18 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")  # one core
 
-from sampling_noise import _commit, hardware
+import record
 
 from rlhf.data.load import SourceSpec, load_preferences, load_prompts
 from rlhf.data.read import read_rows
 from rlhf.models.scratch import train_tokenizer
 
-RESULTS = Path(__file__).parent / "results" / "data_rows.json"
 MAX_PROMPT_TOKENS, PROMPT_TOKENS, VOCAB = 512, 16, 4096
 
 
@@ -113,22 +111,12 @@ def main() -> None:
             "prompts": lambda: load_prompts([chat], **limits)[0],
             "text": lambda: load_prompts([text], prompt_tokens=PROMPT_TOKENS, **limits)[0],
         }
-        table = {}
+        table = []
         for name, case in cases.items():
-            table[name] = best(case, arguments.rounds)
-            print(f"{name:12s} {table[name]}", flush=True)
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "commit": _commit(),
-        "rows": arguments.rows,
-        "rounds": arguments.rounds,
-        "load_average": [round(load, 1) for load in os.getloadavg()],
-        "cases": table,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {RESULTS}")
+            table.append({"case": name, **best(case, arguments.rounds)})
+            print(table[-1], flush=True)
+    load = [round(load, 1) for load in os.getloadavg()]
+    record.write("data_rows", {"read": arguments.rows, "rounds": arguments.rounds, "load_average": load}, table)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ def load_prompts(
             where=where,
         )
         found = without_unsupported_system(found, tokenizer, system_role)
-        if tokenizer is None:
+        # cut text is known to have prompt_tokens tokens and a BOS: encoding it once more would say nothing new
+        short = chosen.cut and prompt_tokens is not None and prompt_tokens < (max_prompt_tokens or prompt_tokens + 1)
+        if tokenizer is None or short:
             return found
         return within_length(found, tokenizer, max_prompt_tokens, long_prompts, dropped, where)
 
