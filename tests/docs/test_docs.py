@@ -259,9 +259,9 @@ def commands() -> Iterator[tuple[str, str]]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with everything that commands in the pages read: earlier runs, rows, code, recipes."""
-    for run in ("quickstart-sft", "quickstart-reward", "reviews-sft", "reviews-reward"):
+    for run in ("quickstart-sft", "quickstart-reward", "reviews-sft", "reviews-reward", "shop-sft", "shop-reward"):
         model_folder(tmp_path / "runs" / run / "final")
-    for file in ("prompts", "heldout", "train", "test"):
+    for file in ("prompts", "heldout", "train", "test", "demonstrations", "preferences"):
         (tmp_path / f"{file}.jsonl").write_text('{"prompt": "a"}\n')
     for name in NAMES:
         for block in blocks(name, "yaml", "python"):

@@ -45,7 +45,7 @@ def test_every_command_of_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.
     """Two steps a training: what is tested is the page."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    monkeypatch.delitem(sys.modules, "shop_rewards", raising=False)
     follow(tmp_path, "run.steps=2", "eval.samples=8", "rollout.max_new_tokens=16")
     told = json.loads((tmp_path / "runs" / "shop-brief-reinforce" / "run.json").read_text(encoding="utf-8"))
     assert told["status"] == "finished"
@@ -57,7 +57,7 @@ def test_the_tutorial_teaches_what_it_says(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    monkeypatch.delitem(sys.modules, "shop_rewards", raising=False)
     follow(tmp_path)
     first, brief = (outcome(tmp_path / "runs" / f"{name}-reinforce") for name in ("shop", "shop-brief"))
     assert first is not None and brief is not None
