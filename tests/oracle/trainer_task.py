@@ -3,6 +3,9 @@
 Prompts are made of the same four words and have different lengths, so sampling pads on the left; completions stop after
 one to three words, so updates pad on the right. Nothing is masked away: 40 completions hold all the probability there
 is, and π*(y|x) ∝ π_ref(y|x)·exp(r/β) can be written down.
+
+Every prompt holds two different words, or the optimum could not be reached: without a BOS, attention over "a", "a a" and
+"a a a" averages equal values, so the model says the same after each of them, whatever its weights.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from .enumerable import BETA, Language, Policy, reference_policy
 
 WORDS = ("a", "b", "c", ".")
-PROMPTS = ("a", "b a", "b c", "c a", "c . b", "c b a", "c c b a", "c c . b")
+PROMPTS = ("a .", "b .", "c .", "a b .", "b c .", "c a .", "a c b .", "c b a .")
 LANGUAGE = Language(vocabulary=4, longest=3)
 
 RECIPE = """
