@@ -93,6 +93,9 @@ def check(
         typer.echo(f"{name:<11}{value}")
     typer.echo(f"{'formula':<11}{chosen.formula}")
     typer.echo(f"{'needs':<11}{'; '.join(chosen.needs)}")
+    if chosen.pins:
+        pinned = ", ".join(f"{key}={value}" for key, value in chosen.pins.items())
+        typer.echo(f"{'pinned':<11}{pinned} (what {ready.objective} stands for)")
     ignored = ignored_sections(ready)
     if ignored:
         typer.echo(f"{'not read':<11}{', '.join(ignored)} (another objective's; they stay legal)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
@@ -91,6 +91,16 @@ class TrainState:
     moving_average: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # an outside objective's own numbers
 
+    def after(self, step: int, *, updates: int, rows: int, tokens: int) -> Self:
+        """The state once step ``step`` is done, with that many optimizer steps, rows and completion tokens more."""
+        return replace(
+            self,
+            step=step,
+            optimizer_step=self.optimizer_step + updates,
+            completions_seen=self.completions_seen + rows,
+            tokens_seen=self.tokens_seen + tokens,
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -143,8 +153,20 @@ class Objective(Protocol):
         """Summed losses by name; their total over the global ``count`` is what is minimised."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How an objective uses a rollout: ``epochs`` times, each in ``minibatches`` optimizer steps of whole units."""
+
+    epochs: int = 1
+    minibatches: int = 1
+
+    @property
+    def updates(self) -> int:
+        return self.epochs * self.minibatches
+
+
 class PolicyObjective(Objective, Protocol):
-    """An objective of the policy loop."""
+    """An objective of the policy loop. One that takes several optimizer steps a rollout has ``passes: Passes`` too."""
 
     def prepare(self, rollout: Rollout, state: TrainState, collective: Collective) -> tuple[Rollout, TrainState]:
         """Fills in baseline and advantages from the global batch; returns the state they leave behind."""

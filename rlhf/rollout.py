@@ -165,6 +165,7 @@ class Rollout(TokenBatch):
     greedy_rewards    [B] reward of the greedy completion of the row's prompt (ReMax)
     score_norms       [B, C] squared norm proxy of the token's score vector, 1 − 2π(y_t) + Σ_v π(v)²
     baseline          [B] or [B, C], what ``prepare`` subtracted
+    advantage_scale   [B] what advantages were multiplied with, where they were divided by a standard deviation
     advantages        [B] or [B, C], detached; before the part of the KL penalty that is taken from live logprobs
     """
 
@@ -182,6 +183,7 @@ class Rollout(TokenBatch):
     score_norms: Tensor | None = None
     baseline: Tensor | None = None
     advantages: Tensor | None = None
+    advantage_scale: Tensor | None = None
 
 
 def _take(value: Any, index: Tensor, rows: int) -> Any:

@@ -10,6 +10,7 @@ import typer
 
 from rlhf.errors import UserError
 from rlhf.locate import command_name, recipe_file, shipped_folder, shipped_recipes
+from rlhf.objectives.presets import OBJECTIVES
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
@@ -19,13 +20,31 @@ _SCHEMA = "# yaml-language-server: $schema="
 
 
 @app.callback(invoke_without_command=True)
-def recipes(context: typer.Context) -> None:
+def recipes(
+    context: typer.Context,
+    objectives: Annotated[
+        bool, typer.Option("--objectives", help="List what `objective:` may say: formula, source, bias, pinned keys.")
+    ] = False,
+) -> None:
     """List the shipped recipes; `show` prints one, `copy` makes one yours."""
     if context.invoked_subcommand is not None:
+        return
+    if objectives:
+        _list_objectives()
         return
     for name, file in shipped_recipes().items():
         typer.echo(f"{name:<24}{_headline(file)}")
         typer.echo(f"{'':<24}{command_name(file)}")
+
+
+def _list_objectives() -> None:
+    for name, entry in OBJECTIVES.items():
+        pins = ", ".join(f"{key}={value}" for key, value in entry.pins.items())
+        lines = {"needs": "; ".join(entry.needs), "source": entry.source, "bias": entry.bias, "pins": pins}
+        typer.echo(f"{name}\n    {entry.formula}")
+        for label, text in lines.items():
+            if text:
+                typer.echo(f"    {label:<8}{text}")
 
 
 @app.command()

@@ -16,11 +16,14 @@ from rlhf.locate import named_code
 from rlhf.models.chat import Dialogue, stop_ids
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import AdapterOffReference, Reference
+from rlhf.objectives.presets import OBJECTIVES
+from rlhf.objectives.raft import Raft
 from rlhf.objectives.reinforce import Reinforce
 from rlhf.objectives.supervised import Demonstrations
 from rlhf.programs import policy as program
 from rlhf.programs import streams
 from rlhf.programs.evaluation import Evaluation
+from rlhf.programs.passes import passes_of
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
 from rlhf.rewards.combine import RewardSet
@@ -33,8 +36,11 @@ from rlhf.sampling.hf import HFSampler
 
 def objective(recipe: Recipe) -> PolicyObjective:
     """The policy objective: one of ours, or ``package.module:Class``, which is given the resolved recipe."""
-    if recipe.objective == "reinforce":
+    if recipe.objective == "raft":
+        return Raft(beta=recipe.kl.beta, temperature=recipe.rollout.temperature)
+    if recipe.objective in OBJECTIVES:
         return Reinforce(
+            name=recipe.objective,
             beta=recipe.kl.beta,
             estimator=recipe.kl.estimator,
             credit=recipe.kl.credit,
@@ -43,6 +49,10 @@ def objective(recipe: Recipe) -> PolicyObjective:
             loss_estimator=recipe.kl.loss_estimator,
             temperature=recipe.rollout.temperature,
             skip_zero_variance=recipe.reinforce.skip_zero_variance,
+            divide_by=recipe.reinforce.divide_by,
+            average=recipe.reinforce.average,
+            updates_per_rollout=recipe.reinforce.updates_per_rollout,
+            importance_cap=recipe.reinforce.importance_cap,
         )
     return cast(PolicyObjective, named_code(recipe.objective, "objective")(recipe))
 
@@ -82,6 +92,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     anchor: Reference | None = models.frozen_reference(recipe, policy.causal_lm, runtime)
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
     anchor = anchor or AdapterOffReference(wrapped, policy)
+    goal = objective(recipe)
     settings, at = recipe.rollout, recipe.eval.temperature or recipe.rollout.temperature
     run = program.PolicyRun(
         session=session,
@@ -89,9 +100,11 @@ def build(recipe: Recipe, session: Session) -> Job:
         sampler=sampler(recipe, runtime, tokenizer, wrapped, settings.samples_per_prompt, settings.temperature),
         rewards=scores,
         reference=anchor,
-        objective=objective(recipe),
+        objective=goal,
         beta=recipe.kl.beta,
-        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(anchor), steps),
+        updater=models.updater(
+            recipe, runtime, wrapped, optimizer, PolicyForward(anchor), steps * passes_of(goal).updates
+        ),
         prompts=streams.ShuffledPrompts(
             prompts=train_prompts, per_step=recipe.batch.prompts_per_step, seed=recipe.run.seed, own=own
         ),

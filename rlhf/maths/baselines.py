@@ -9,6 +9,7 @@ in nobody's baseline and get 0. Statistics are taken in float64 and returned in 
     none             yes        nothing
     moving_average   yes        earlier steps
     batch_mean       (1 − 1/B)  all rows, its own included: a smaller step in the right direction
+    group_mean       (1 − 1/k)  all completions of the prompt, its own included
     leave_one_out    yes        the other completions of the prompt
     shrinkage        yes        the other completions of the prompt and the other prompts
     greedy           yes        the prompt's greedy completion
@@ -71,6 +72,17 @@ def batch_mean(rewards: Tensor, valid: Tensor) -> Tensor:
     """
     mean = masked_mean(rewards.to(accumulator(rewards)), valid).to(rewards.dtype)
     return masked_fill(mean.expand_as(rewards), valid)
+
+
+def group_mean(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+    """Mean of all valid rewards of the prompt, the row's own included. [B] → [B].
+
+    Its advantages are exactly (1 − 1/k) times those of ``leave_one_out``, k = the group's valid rows.
+    """
+    inverse, _ = group_index(group)
+    size = group_sum(torch.ones_like(rewards), group, valid).clamp(min=1)
+    mean = (group_sum(rewards, group, valid) / size)[inverse]
+    return masked_fill(mean, valid).to(rewards.dtype)
 
 
 def leave_one_out(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
@@ -173,17 +185,24 @@ def optimal_token(rewards: Tensor, score_norms: Tensor, mask: Tensor, group: Ten
     return masked_fill(baseline, mask & valid[:, None]).to(rewards.dtype)
 
 
-def group_standardised(rewards: Tensor, group: Tensor, valid: Tensor, eps: float = 1e-8) -> Tensor:
-    """ADVANTAGES (R − group mean) / (group std + eps), std over n (GRPO, Shao et al. 2024). [B] → [B].
+def group_std(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+    """Standard deviation (over n) of the valid rewards of the row's prompt. [B] → [B], detached.
 
-    Biased: every prompt's gradient is divided by its own random spread, which turns the mean gradient (cosine .875 to
-    .89 on the enumerable task) and weighs prompts by how little their rewards vary.
+    What GRPO (Shao et al. 2024) divides by. Biased: every prompt's gradient is divided by its own random spread, which
+    turns the mean gradient (cosine .875 to .89 on the enumerable task) and weighs prompts by how little their rewards
+    vary.
     """
     inverse, _ = group_index(group)
     size = group_sum(torch.ones_like(rewards), group, valid).clamp(min=1)
-    centred = rewards - (group_sum(rewards, group, valid) / size)[inverse]
+    centred = rewards - group_mean(rewards, group, valid)
     std = (group_sum(centred.square(), group, valid) / size).sqrt()[inverse]
-    return masked_fill(centred / (std + eps), valid).to(rewards.dtype).detach()
+    return masked_fill(std, valid).to(rewards.dtype).detach()
+
+
+def group_standardised(rewards: Tensor, group: Tensor, valid: Tensor, eps: float = 1e-8) -> Tensor:
+    """ADVANTAGES (R − ``group_mean``) / (``group_std`` + eps) (GRPO, Shao et al. 2024). [B] → [B]."""
+    centred = advantages(rewards, group_mean(rewards, group, valid), valid)
+    return masked_fill(centred / (group_std(rewards, group, valid) + eps), valid)
 
 
 def whitened(advantages: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf.maths.masking import leave_one_out_mean, masked_fill, masked_sum
+from rlhf.maths.masking import leave_one_out_mean, masked_fill
 
 Credit = Literal["sequence", "to_go", "future"]
 
@@ -93,30 +93,38 @@ def kl_penalty_advantage(
     return masked_fill(charge[:, None] if charge.dim() == 1 else charge, counted)
 
 
-def k2_sequence_loss_sum(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
-    """Σ_i ½(Σ_t δ_{i,t})². logprobs [B, C] with gradient, ref_logprobs [B, C] → scalar.
+def k2_sequence_loss_sum(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, valid: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Σ_i w_i·½(Σ_t δ_{i,t})². logprobs [B, C] with gradient, ref_logprobs [B, C], weight [B] (None = 1) → scalar.
 
     On-policy its gradient is Σ_i KL_i·∇log π(y_i), that of k1 in the reward without a baseline: unbiased for ∇KL.
     """
-    return 0.5 * _delta(logprobs, ref_logprobs, mask & valid[:, None]).sum(1).square().sum()
+    return 0.5 * _weighted(_delta(logprobs, ref_logprobs, mask & valid[:, None]).sum(1).square(), weight).sum()
 
 
-def k3_token_loss_sum(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
-    """Σ_{i,t} k3 (GRPO, Shao et al. 2024, eq. 4). Shapes as ``k2_sequence_loss_sum``.
+def k3_token_loss_sum(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, valid: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Σ_{i,t} w_i·k3 (GRPO, Shao et al. 2024, eq. 4). Shapes as ``k2_sequence_loss_sum``.
 
     Biased: on-policy the gradient is that of Σ_t KL(π_ref‖π) of the next-token distributions at the sampled prefixes.
     """
     delta = _delta(logprobs, ref_logprobs, mask & valid[:, None])
-    return (torch.expm1(-delta) + delta).sum()
+    return _weighted((torch.expm1(-delta) + delta).sum(1), weight).sum()
 
 
-def exact_local_loss_sum(kl: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
-    """Σ_{i,t} KL_t(prefix), exact over the vocabulary. kl [B, C] with gradient → scalar.
+def exact_local_loss_sum(kl: Tensor, mask: Tensor, valid: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Σ_{i,t} w_i·KL_t(prefix), exact over the vocabulary. kl [B, C] with gradient, weight [B] (None = 1) → scalar.
 
     Alone it is biased (it holds the prefixes fixed). With ``kl_penalty_advantage(credit="future")`` in the advantage it
     is the exact estimator: ∇E[Σ_t KL_t] = E[Σ_t ∇KL_t] + E[Σ_t KL_{>t}·∇log π_t].
     """
-    return masked_sum(kl, mask & valid[:, None])
+    return _weighted(masked_fill(kl, mask & valid[:, None]).sum(1), weight).sum()
+
+
+def _weighted(rows: Tensor, weight: Tensor | None) -> Tensor:
+    return rows if weight is None else rows * weight.detach()
 
 
 def _delta(logprobs: Tensor, ref_logprobs: Tensor, counted: Tensor) -> Tensor:

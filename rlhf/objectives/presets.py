@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 Program = Literal["policy", "sft", "reward"]
 
@@ -21,7 +21,9 @@ class Preset:
     """One objective.
 
     target: ``module:Class``. formula: what it does to the weights, one line. needs: rows and models it cannot do
-    without, in words. program: the loop that runs it. sections: the recipe sections that it reads (None: any).
+    without, in words. program: the loop that runs it. sections: the recipe sections that it reads (None: any). pins:
+    dotted recipe keys that the name stands for, whatever the recipe says. source: paper. bias: what it is known to
+    distort, empty where the gradient is unbiased.
     """
 
     target: str
@@ -29,16 +31,87 @@ class Preset:
     needs: tuple[str, ...]
     program: Program
     sections: frozenset[str] | None
+    pins: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    bias: str = ""
+
+
+_SAMPLED = ("prompts", "a reward model or a reward function", "a reference")
+
+
+def _reinforce(formula: str, source: str, bias: str = "", **pins: Any) -> Preset:
+    """A member of the REINFORCE family: settings of section ``reinforce`` under the name people search for."""
+    return Preset(
+        target="rlhf.objectives.reinforce:Reinforce",
+        formula=formula,
+        needs=_SAMPLED,
+        program="policy",
+        sections=frozenset({*POLICY_SECTIONS, "reinforce"}),
+        pins=MappingProxyType({f"reinforce.{key}": value for key, value in pins.items()}),
+        source=source,
+        bias=bias,
+    )
+
+
+_UNBIASED: Mapping[str, Any] = MappingProxyType({"divide_by": "none", "average": "completions"})
+_OWN_MEAN = "the mean holds the completion's own reward: (1 − 1/k) times the gradient"
+_BY_GROUP = "each prompt's gradient is divided by its own random spread, which turns the mean gradient (cosine .88)"
+_BY_LENGTH = "1/|y| turns the gradient (cosine .97): short right and long wrong answers are favoured"
 
 
 OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
     {
-        "reinforce": Preset(
-            target="rlhf.objectives.reinforce:Reinforce",
-            formula="maximise E[r(x, y)] − β·KL(π‖π_ref):  ∇J = E[(r − β·log π/π_ref − b)·∇log π(y|x)]",
-            needs=("prompts", "a reward model or a reward function", "a reference"),
+        "reinforce": _reinforce(
+            "maximise E[r(x, y)] − β·KL(π‖π_ref):  ∇J = E[(r − β·log π/π_ref − b)·∇log π(y|x)]",
+            "Williams 1992",
+        ),
+        "rloo": _reinforce(
+            "reinforce with b = mean reward of the prompt's other completions",
+            "Kool et al. 2019; Ahmadian et al. 2024",
+            baseline="leave_one_out",
+            **_UNBIASED,
+        ),
+        "remax": _reinforce(
+            "reinforce with b = reward of the prompt's greedy completion",
+            "Li et al. 2023",
+            baseline="greedy",
+            **_UNBIASED,
+        ),
+        "reinforce_plus_plus": _reinforce(
+            "reinforce with A = (r − batch mean) / batch std, a mean over tokens",
+            "Hu 2025",
+            "a random scale of the step; the direction is kept up to O(1/B)",
+            baseline="batch_mean",
+            divide_by="batch_std",
+            average="tokens",
+        ),
+        "reinforce_plus_plus_baseline": _reinforce(
+            "reinforce with A = (r − group mean) / batch std, a mean over tokens",
+            "Hu 2025",
+            f"{_OWN_MEAN}; a random scale of the step",
+            baseline="group_mean",
+            divide_by="batch_std",
+            average="tokens",
+        ),
+        "grpo": _reinforce(
+            "reinforce with A = (r − group mean) / group std, log π a mean over the completion's tokens",
+            "Shao et al. 2024",
+            f"{_BY_GROUP}; {_BY_LENGTH}; {_OWN_MEAN}",
+            baseline="group_mean",
+            divide_by="group_std",
+            average="completion_tokens",
+        ),
+        "dr_grpo": _reinforce(
+            "reinforce with b = group mean", "Liu et al. 2025", _OWN_MEAN, baseline="group_mean", **_UNBIASED
+        ),
+        "raft": Preset(
+            target="rlhf.objectives.raft:Raft",
+            formula="maximise E[log π(y_best|x)], y_best = the prompt's completion with the highest penalized reward",
+            needs=_SAMPLED,
             program="policy",
-            sections=frozenset({*POLICY_SECTIONS, "reinforce"}),
+            sections=frozenset(POLICY_SECTIONS),
+            source="Dong et al. 2023",
+            bias="imitates the best of k; no policy gradient: how far the others fell behind does not count",
         ),
         "sft": Preset(
             target="rlhf.objectives.supervised:Demonstrations",
@@ -58,12 +131,7 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
 )
 
 # Names that people know and that this version refuses by name, instead of guessing at a near one.
-NOT_IN_THIS_VERSION = frozenset(
-    (
-        *("ppo", "dpo", "rloo", "remax", "reinforce_plus_plus", "reinforce_plus_plus_baseline"),
-        *("grpo", "dr_grpo", "a2c", "raft", "trpo", "kto", "simpo"),
-    )
-)
+NOT_IN_THIS_VERSION = frozenset((*("ppo", "dpo", "a2c", "trpo", "kto", "simpo"),))
 
 
 def is_dotted(name: str) -> bool:

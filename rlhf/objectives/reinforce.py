@@ -16,13 +16,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf.interfaces import Collective, Need, StatsRequest, TokenStats, TrainState, Unit
+from rlhf.interfaces import Collective, Need, Passes, StatsRequest, TokenStats, TrainState, Unit
 from rlhf.maths import baselines, kl, losses, variance
+from rlhf.maths.masking import masked_var
 from rlhf.rollout import Rollout, TokenBatch
 
 Baseline = Literal[
-    "none", "moving_average", "batch_mean", "leave_one_out", "shrinkage", "greedy", "value", "optimal_token"
+    "none",
+    "moving_average",
+    "batch_mean",
+    "group_mean",
+    "leave_one_out",
+    "shrinkage",
+    "greedy",
+    "value",
+    "optimal_token",
 ]
+DivideBy = Literal["none", "group_std", "batch_std"]
+Average = Literal["completions", "completion_tokens", "tokens"]
+_TINY = 1e-6  # added to a standard deviation: where rewards do not differ, advantages are 0 and stay it
 # Baselines whose penalized form splits exactly into a score part and a KL part that needs its own group only.
 _LINEAR_IN_GROUP = ("none", "leave_one_out", "greedy")
 
@@ -34,6 +46,12 @@ class Reinforce:
     beta: KL coefficient. estimator: ``k1`` (the sampled log-ratio, in the reward, no gradient) or ``exact`` (full
     vocabulary, differentiated, plus the future KL in the advantage; design: docs/algorithms.md). credit: ``sequence``
     or ``to_go`` (not read by ``exact``). loss_beta, loss_estimator: a second KL term inside the loss.
+    divide_by: a standard deviation that advantages are divided by (biased by group, see ``maths.baselines.group_std``);
+    where the KL is one number a completion it is divided with the rest, elsewhere beta keeps its meaning.
+    average: what the loss is a mean over: completions (log π a sum over tokens), all tokens, or completions with log π
+    a mean over the completion's own tokens (biased, see ``maths.losses.length_normalised``).
+    updates_per_rollout: more than one makes later updates off-policy; rows are then weighted by the ratio of whole
+    completions, at most importance_cap, with advantages and KL from the current policy and the baseline kept.
     skip_zero_variance: groups whose rewards are all equal leave the step (Yu et al. 2025, §3.2, without sampling anew);
     with a KL penalty that biases it toward prompts whose completions differ.
     """
@@ -46,6 +64,10 @@ class Reinforce:
     loss_estimator: Literal["k2", "k3", "exact_local"] = "k2"
     temperature: float = 1.0
     skip_zero_variance: bool = False
+    divide_by: DivideBy = "none"
+    average: Average = "completions"
+    updates_per_rollout: int = 1
+    importance_cap: float = 5.0
     name: str = "reinforce"
     unit: Unit = "group"
 
@@ -61,6 +83,8 @@ class Reinforce:
             needs.add("greedy")
         if self.baseline == "optimal_token":
             needs.add("score_norms")
+        if self.updates_per_rollout > 1:
+            needs.add("old_logprobs")
         return frozenset(needs)
 
     @property
@@ -76,10 +100,17 @@ class Reinforce:
     @property
     def _penalizes_before_the_update(self) -> bool:
         """Whether ``prepare`` itself needs penalized rewards: the baseline does not split into score and KL."""
-        return self.beta > 0 and self.penalizes_sequences and self.baseline not in _LINEAR_IN_GROUP
+        whole = self.baseline not in _LINEAR_IN_GROUP or self.divide_by != "none"
+        return self.beta > 0 and self.penalizes_sequences and whole
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(epochs=self.updates_per_rollout)
 
     def count(self, batch: TokenBatch) -> Tensor:
-        """Completions: the loss is a mean over them, with log π a sum over tokens."""
+        """Completions, or all their tokens where the loss is a mean over those."""
+        if self.average == "tokens":
+            return (batch.completion_mask & batch.valid[:, None]).sum()
         return batch.valid.sum()
 
     def prepare(self, rollout: Rollout, state: TrainState, collective: Collective) -> tuple[Rollout, TrainState]:
@@ -97,6 +128,9 @@ class Reinforce:
         everywhere = _Everywhere.of(rollout, signal, collective)
         baseline = self._baseline(rollout, signal, everywhere, state)
         advantages = baselines.advantages(rewards, baseline, rollout.valid)
+        scale = self._scale(signal - baseline, everywhere) if self.divide_by != "none" else None
+        if scale is not None:
+            advantages = advantages * scale
         if self.baseline == "moving_average":
             state = replace(
                 state,
@@ -104,7 +138,7 @@ class Reinforce:
                     state.moving_average, everywhere.rewards, everywhere.valid
                 ),
             )
-        return replace(rollout, baseline=baseline, advantages=advantages), state
+        return replace(rollout, baseline=baseline, advantages=advantages, advantage_scale=scale), state
 
     def _signal(self, rollout: Rollout) -> Tensor:
         """[B]: what the baseline predicts. Penalized rewards where the KL is one number a completion.
@@ -120,6 +154,15 @@ class Reinforce:
             raise ValueError(f"baseline {self.baseline} with a KL penalty needs logprobs of sampler and reference")
         log_ratio = torch.where(rollout.completion_mask, behaviour - rollout.ref_logprobs, 0.0)
         return rollout.rewards - self.beta * log_ratio.sum(1)
+
+    def _scale(self, difference: Tensor, everywhere: _Everywhere) -> Tensor:
+        """[B]: 1 / (std + tiny): of the prompt's signal, or of what the baseline left of it in the whole batch."""
+        if self.divide_by == "group_std":
+            std = everywhere.mine(baselines.group_std(everywhere.rewards, everywhere.group, everywhere.valid))
+        else:
+            whole = everywhere.gather(difference)
+            std = masked_var(whole.double(), everywhere.valid).sqrt().to(difference.dtype).expand_as(difference)
+        return (std + _TINY).reciprocal()
 
     def _baseline(self, rollout: Rollout, signal: Tensor, everywhere: _Everywhere, state: TrainState) -> Tensor:
         """[B], or [B, C] for ``optimal_token``."""
@@ -137,6 +180,7 @@ class Reinforce:
             "none": lambda: baselines.none(rewards),
             "moving_average": lambda: baselines.moving_average(rewards, state.moving_average),
             "batch_mean": lambda: baselines.batch_mean(rewards, valid),
+            "group_mean": lambda: baselines.group_mean(rewards, group, valid),
             "leave_one_out": lambda: baselines.leave_one_out(rewards, group, valid),
             "shrinkage": lambda: baselines.shrinkage(rewards, group, valid),
         }
@@ -150,15 +194,31 @@ class Reinforce:
         mask, valid = batch.completion_mask, batch.valid
         advantages = _column(batch.advantages, stats.logprobs).expand_as(stats.logprobs)
         sums: dict[str, Tensor] = {}
+        weight = self._weight(stats, batch)
         if self.beta > 0:
             advantages = advantages - self.beta * self._kl_advantage(stats, batch)
+        if weight is not None:
+            advantages = advantages * weight[:, None]
         sums["policy"] = losses.policy_gradient_sum(stats.logprobs, advantages, mask, valid)
         if self.beta > 0 and self.estimator == "exact":
             assert stats.kl is not None
-            sums["kl"] = self.beta * kl.exact_local_loss_sum(stats.kl, mask, valid)
+            sums["kl"] = self.beta * kl.exact_local_loss_sum(stats.kl, mask, valid, weight)
         if self.loss_beta > 0:
-            sums["kl_loss"] = self.loss_beta * self._kl_loss(stats, batch)
+            sums["kl_loss"] = self.loss_beta * self._kl_loss(stats, batch, weight)
         return sums
+
+    def _weight(self, stats: TokenStats, batch: Rollout) -> Tensor | None:
+        """[B]: the importance weight of each completion over its length, as far as the settings ask for them."""
+        weight = None
+        if self.updates_per_rollout > 1:
+            assert batch.old_logprobs is not None
+            weight, _ = losses.sequence_importance_weights(
+                stats.logprobs, batch.old_logprobs, batch.completion_mask, batch.valid, self.importance_cap
+            )
+        if self.average == "completion_tokens":
+            even = torch.ones_like(stats.logprobs[:, 0]) if weight is None else weight
+            weight = losses.length_normalised(even, batch.completion_mask)
+        return weight
 
     def _kl_advantage(self, stats: TokenStats, batch: Rollout) -> Tensor:
         """[B, C] nats: the KL that a token is charged with, centred on its group where the baseline allows."""
@@ -169,17 +229,20 @@ class Reinforce:
                 stats.kl.detach(), mask, group, valid, credit="future", centre=self.baseline != "none"
             )
         log_ratio = kl.k1(stats.logprobs.detach(), _reference(stats, batch))
-        centre = self.baseline == "leave_one_out" if self.credit == "sequence" else self.baseline != "none"
-        return kl.kl_penalty_advantage(log_ratio, mask, group, valid, credit=self.credit, centre=centre)
+        here = self.baseline == "leave_one_out" and not self._penalizes_before_the_update
+        centre = here if self.credit == "sequence" else self.baseline != "none"
+        charged = kl.kl_penalty_advantage(log_ratio, mask, group, valid, credit=self.credit, centre=centre)
+        scaled = self.penalizes_sequences and batch.advantage_scale is not None
+        return charged * _column(batch.advantage_scale, charged) if scaled else charged  # type: ignore[arg-type]
 
-    def _kl_loss(self, stats: TokenStats, batch: Rollout) -> Tensor:
+    def _kl_loss(self, stats: TokenStats, batch: Rollout, weight: Tensor | None) -> Tensor:
         mask, valid = batch.completion_mask, batch.valid
         if self.loss_estimator == "exact_local":
             assert stats.kl is not None
-            return kl.exact_local_loss_sum(stats.kl, mask, valid)
+            return kl.exact_local_loss_sum(stats.kl, mask, valid, weight)
         if self.loss_estimator == "k2":
-            return kl.k2_sequence_loss_sum(stats.logprobs, _reference(stats, batch), mask, valid)
-        return kl.k3_token_loss_sum(stats.logprobs, _reference(stats, batch), mask, valid)
+            return kl.k2_sequence_loss_sum(stats.logprobs, _reference(stats, batch), mask, valid, weight)
+        return kl.k3_token_loss_sum(stats.logprobs, _reference(stats, batch), mask, valid, weight)
 
 
 @dataclass(frozen=True)

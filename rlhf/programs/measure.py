@@ -61,6 +61,13 @@ def global_means(sums: Mapping[str, tuple[Tensor, Tensor]], collective: Collecti
     return {n: float(t[0] / t[1]) if float(t[1]) else float("nan") for n, t in zip(names, totals, strict=True)}
 
 
+def totals(rollout: Rollout, collective: Collective) -> tuple[int, int]:
+    """Completions and completion tokens of the step over all ranks."""
+    own = torch.tensor([len(rollout), int(rollout.completion_mask.sum())], device=rollout.group.device)
+    completions, tokens = collective.sum(own).tolist()
+    return int(completions), int(tokens)
+
+
 def rollout_metrics(rollout: Rollout, stats: TokenStats, beta: float, collective: Collective) -> dict[str, float]:
     """Rewards, KL, entropy, lengths and diversity of one rollout."""
     assert rollout.rewards is not None

@@ -14,14 +14,14 @@ from rlhf.interfaces import PolicyObjective, Sampler, StatsRequest, TokenStats, 
 from rlhf.models.layout import plain_rows
 from rlhf.models.policy import token_stats
 from rlhf.models.reference import Reference
-from rlhf.programs import measure
+from rlhf.programs import measure, passes
 from rlhf.programs.evaluation import Evaluation, sample_rows
 from rlhf.programs.session import Session
 from rlhf.rewards.combine import RewardSet
 from rlhf.rollout import Prompt, Rollout, TokenBatch
 from rlhf.runtime import microbatches
 from rlhf.runtime.distributed import unwrap
-from rlhf.runtime.updater import Term, Updater, UpdateReport
+from rlhf.runtime.updater import Term, Updater
 
 
 class PromptStream(Protocol):
@@ -71,12 +71,14 @@ def train(run: PolicyRun, state: TrainState) -> TrainState:
             rollout = fill_needs(run, rollout, prompts, slots, step)  # log π_ref, and what else the objective asks for
         rollout, state = run.objective.prepare(rollout, state, runtime)  # baselines, advantages
         with clock("update"):
-            report = run.updater.step(terms(run, rollout, step), state.optimizer_step + 1)
-        state = advance(state, rollout, report, step, session)
-        session.log(step, {**step_metrics(run, rollout, report, step), **clock.metrics(*totals(rollout, session))})
-        session.samples(step, partial(sample_rows, rollout, report.stats[0], run.samples_logged, run.rewards.extras()))
+            updates = update(run, rollout, step, state.optimizer_step)  # one step, or the passes of the objective
+        completions, tokens = measure.totals(rollout, runtime)
+        state = state.after(step, updates=len(updates), rows=completions, tokens=tokens)
+        stats = passes.on_policy_stats(rollout, updates)
+        session.log(step, {**metrics(run, rollout, stats, updates, step), **clock.metrics(completions, tokens)})
+        session.samples(step, partial(sample_rows, rollout, stats, run.samples_logged, run.rewards.extras()))
         run.evaluation.maybe(run.model, step)
-        session.guard.check(step, applied=report.applied)
+        session.guard.check(step, applied=all(each.report.applied for each in updates))
         session.checkpoint(step, state, run.model, run.updater.optimizer, last=step == run.steps)
     run.evaluation.after(run.model, state)
     return state
@@ -86,6 +88,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
     """The transformers model inside wrapper and ``ScoredModel``: what decodes."""
     inner: nn.Module = unwrap(model).causal_lm  # type: ignore[assignment]
     return inner
+
+
+def update(run: PolicyRun, rollout: Rollout, step: int, done: int) -> list[passes.Update]:
+    """The optimizer steps of one rollout; ``done`` of the run were taken before."""
+    parts = enumerate(passes.parts(rollout, passes.passes_of(run.objective), step), start=done + 1)
+    return [passes.Update(part, run.updater.step(terms(run, part, step), number)) for number, part in parts]
 
 
 def terms(run: PolicyRun, rollout: Rollout, step: int) -> list[Term]:
@@ -119,30 +127,14 @@ def scored(run: PolicyRun, batch: TokenBatch, forward: Callable[[TokenBatch], To
     return microbatches.score(batch, forward, run.updater.microbatch_tokens, run.session.runtime)
 
 
-def advance(state: TrainState, rollout: Rollout, report: UpdateReport, step: int, session: Session) -> TrainState:
-    completions, tokens = totals(rollout, session)
-    return replace(
-        state,
-        step=step,
-        optimizer_step=state.optimizer_step + 1,
-        completions_seen=state.completions_seen + completions,
-        tokens_seen=state.tokens_seen + tokens,
-    )
-
-
-def totals(rollout: Rollout, session: Session) -> tuple[int, int]:
-    """Completions and completion tokens of the step over all ranks."""
-    own = torch.tensor([len(rollout), int(rollout.completion_mask.sum())], device=rollout.group.device)
-    completions, tokens = session.runtime.sum(own).tolist()
-    return int(completions), int(tokens)
-
-
-def step_metrics(run: PolicyRun, rollout: Rollout, report: UpdateReport, step: int) -> dict[str, float]:
-    on_rollout, *mixed = report.stats
+def metrics(
+    run: PolicyRun, rollout: Rollout, stats: TokenStats, updates: Sequence[passes.Update], step: int
+) -> dict[str, float]:
+    mixed, runtime = updates[0].report.stats[1:], run.session.runtime
     kept = run.instruction.metrics(run.instruction.at(step).batch, *mixed) if run.instruction is not None else {}
     return {
-        **measure.rollout_metrics(rollout, on_rollout, run.beta, run.session.runtime),
+        **measure.rollout_metrics(rollout, stats, run.beta, runtime),
         **kept,
-        **measure.update_metrics(report, run.updater.max_grad_norm),
-        **run.rewards.metrics(rollout, run.session.runtime),
+        **passes.metrics(updates, passes.passes_of(run.objective), run.updater.max_grad_norm, runtime),
+        **run.rewards.metrics(rollout, runtime),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -46,13 +46,7 @@ def train(run: SupervisedRun, state: TrainState) -> TrainState:
             report = run.updater.step([Term(objective=run.objective, batch=batch)], step)
         size = torch.stack([batch.lengths.sum(), batch.lengths.new_tensor(len(batch))])
         tokens, rows = map(int, session.runtime.sum(size).tolist())
-        state = replace(
-            state,
-            step=step,
-            optimizer_step=step,
-            completions_seen=state.completions_seen + rows,
-            tokens_seen=state.tokens_seen + tokens,
-        )
+        state = state.after(step, updates=1, rows=rows, tokens=tokens)
         session.log(step, {**_metrics(run, batch, report), **clock.metrics(rows, tokens)})
         if step == run.steps or (run.eval_every and step % run.eval_every == 0):
             session.evaluated(step, run.evaluate(run.model))

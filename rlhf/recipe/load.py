@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf.errors import UserError
 from rlhf.locate import command_name, recipe_file
+from rlhf.objectives.presets import OBJECTIVES
 from rlhf.recipe.marks import Document, KeyPath, Problem, plain, read_file, read_text
 from rlhf.recipe.paths import path_rules, secrets
 from rlhf.recipe.rules import RULES
@@ -78,6 +79,7 @@ def _build(document: Document, overrides: Sequence[str], name: str, folder: Path
     for argument in overrides:
         applied.apply(argument)
     applied.words_where_text_is_wanted()
+    _pin(values)
     checked = check(values, [*RULES, *path_rules(folder)])
     secret = tuple(secrets(values))
     in_file = [problem for problem in document.problems if not _covered(problem.path, applied.texts)]
@@ -88,6 +90,17 @@ def _build(document: Document, overrides: Sequence[str], name: str, folder: Path
     if lines or checked.recipe is None:
         raise UserError("\n".join(lines))
     return checked.recipe
+
+
+def _pin(values: dict[str, Any]) -> None:
+    """Writes the keys that the objective's name stands for (``remax`` is a baseline) over what the recipe says."""
+    name = values.get("objective")
+    chosen = OBJECTIVES.get(name) if isinstance(name, str) else None
+    for key, value in (chosen.pins if chosen is not None else {}).items():
+        section, _, entry = key.partition(".")
+        here = values.get(section) or {}
+        if isinstance(here, dict):  # anything else is an error of its own
+            values[section] = {**here, entry: value}
 
 
 def _lines(problems: Iterable[Problem], marks: Mapping[KeyPath, int], texts: Iterable[KeyPath], name: str) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
-from rlhf.recipe.rules import on_policy, reads
+from rlhf.objectives.presets import OBJECTIVES
+from rlhf.recipe.rules import family, on_policy, reads
 from rlhf.recipe.schema import Recipe
 
 _REMARKS: list[Callable[[Recipe], Iterator[str]]] = []
@@ -24,7 +25,7 @@ def remarks(recipe: Recipe) -> list[str]:
 
 @remark
 def to_go_and_baselines(recipe: Recipe) -> Iterator[str]:
-    if recipe.objective != "reinforce" or recipe.kl.beta == 0:
+    if not family(recipe) or recipe.kl.beta == 0:
         return
     if recipe.kl.estimator == "exact" and "credit" in recipe.kl.model_fields_set:
         yield "kl.credit is not read with kl.estimator: exact, which credits every position by itself"
@@ -33,6 +34,13 @@ def to_go_and_baselines(recipe: Recipe) -> Iterator[str]:
             f"under kl.credit: to_go, reinforce.baseline {recipe.reinforce.baseline} acts on scores; the KL part has "
             "its own leave-one-out per position"
         )
+
+
+@remark
+def known_distortions(recipe: Recipe) -> Iterator[str]:
+    chosen = OBJECTIVES.get(recipe.objective)
+    if chosen is not None and chosen.bias:
+        yield f"{recipe.objective} is biased: {chosen.bias}"
 
 
 @remark
@@ -49,7 +57,7 @@ def nothing_holds_the_policy(recipe: Recipe) -> Iterator[str]:
 
 @remark
 def optimal_token_pays_late(recipe: Recipe) -> Iterator[str]:
-    late = recipe.objective == "reinforce" and recipe.reinforce.baseline == "optimal_token"
+    late = family(recipe) and recipe.reinforce.baseline == "optimal_token"
     if late and recipe.rollout.samples_per_prompt < 16:
         yield "reinforce.baseline: optimal_token loses to leave_one_out below about 16 samples per prompt"
 

@@ -21,7 +21,7 @@ _EVALUATED = {
     "sft": ("eval/loss",),
     "reward": ("eval/accuracy", "eval/margin", "eval/score_mean"),
 }
-_GROUP_BASELINES = ("leave_one_out", "shrinkage", "optimal_token")
+_GROUP_BASELINES = ("group_mean", "leave_one_out", "shrinkage", "optimal_token")
 
 
 def rule(function: Callable[[Recipe], Iterator[Problem]]) -> Callable[[Recipe], Iterator[Problem]]:
@@ -42,6 +42,11 @@ def reads(recipe: Recipe, section: str) -> bool:
         return False
     sections = preset(recipe.objective).sections
     return sections is None or section in sections
+
+
+def family(recipe: Recipe) -> bool:
+    """Whether the objective is `reinforce` or one of the presets made of it."""
+    return recipe.objective in OBJECTIVES and reads(recipe, "reinforce")
 
 
 def on_policy(recipe: Recipe) -> bool:
@@ -147,14 +152,15 @@ def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
 
 @rule
 def reinforce_has_something_to_maximise(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.objective != "reinforce":
+    if not reads(recipe, "reward") or is_dotted(recipe.objective):
         return
     models, functions = recipe.reward.models, recipe.reward.functions
     weights = [*(model.weight for model in models), *(function.weight for function in functions)]
     if not any(weights):
         what = "every source has weight 0 and is only logged" if weights else "there is no reward"
         yield Problem(
-            ("reward",), f"{what}; reinforce needs reward.models or reward.functions with an entry of weight ≠ 0"
+            ("reward",),
+            f"{what}; {recipe.objective} needs reward.models or reward.functions with an entry of weight ≠ 0",
         )
 
 
@@ -188,7 +194,7 @@ def reward_weights_have_a_mean(recipe: Recipe) -> Iterator[Problem]:
 @rule
 def group_baselines_need_a_group(recipe: Recipe) -> Iterator[Problem]:
     baseline = recipe.reinforce.baseline
-    if recipe.objective == "reinforce" and baseline in _GROUP_BASELINES and recipe.rollout.samples_per_prompt < 2:
+    if family(recipe) and baseline in _GROUP_BASELINES and recipe.rollout.samples_per_prompt < 2:
         yield Problem(
             ("rollout", "samples_per_prompt"),
             f"1 leaves nothing to compare with: reinforce.baseline {baseline} is made of the prompt's other "
@@ -199,7 +205,7 @@ def group_baselines_need_a_group(recipe: Recipe) -> Iterator[Problem]:
 @rule
 def batch_mean_needs_a_batch(recipe: Recipe) -> Iterator[Problem]:
     completions = recipe.batch.prompts_per_step * recipe.rollout.samples_per_prompt
-    if recipe.objective == "reinforce" and recipe.reinforce.baseline == "batch_mean" and completions < 2:
+    if family(recipe) and recipe.reinforce.baseline == "batch_mean" and completions < 2:
         yield Problem(
             ("reinforce", "baseline"),
             "batch_mean of one completion is its own reward, so every advantage is 0; raise batch.prompts_per_step",
@@ -208,20 +214,23 @@ def batch_mean_needs_a_batch(recipe: Recipe) -> Iterator[Problem]:
 
 @rule
 def value_baseline_needs_a_value_model(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.objective == "reinforce" and recipe.reinforce.baseline == "value":
+    if family(recipe) and recipe.reinforce.baseline == "value":
         yield Problem(
             ("reinforce", "baseline"), "value needs a value model, which is not in this version; use leave_one_out"
         )
 
 
 @rule
-def one_update_per_rollout(recipe: Recipe) -> Iterator[Problem]:
-    updates = recipe.reinforce.updates_per_rollout
-    if recipe.objective == "reinforce" and updates > 1:
+def the_best_needs_rivals(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.objective == "raft" and recipe.rollout.samples_per_prompt < 2:
+        yield Problem(("rollout", "samples_per_prompt"), "1 makes every completion the best; set at least 2")
+
+
+@rule
+def one_spread_divides_all_tokens(recipe: Recipe) -> Iterator[Problem]:
+    if family(recipe) and recipe.reinforce.baseline == "optimal_token" and recipe.reinforce.divide_by != "none":
         yield Problem(
-            ("reinforce", "updates_per_rollout"),
-            f"{updates} makes later updates off-policy, and the sequence importance weights that correct them are not "
-            "in this version; set 1",
+            ("reinforce", "divide_by"), "optimal_token has another baseline at each token; set none, or leave_one_out"
         )
 
 

@@ -41,7 +41,10 @@ __all__ = ["DataSource", "Recipe", "fill", "flat", "json_schema"]
 class Recipe(Section):
     """One run. `objective` and `run.name` are required; everything else has a default."""
 
-    objective: str = Field(min_length=1, description="reinforce | sft | reward, or `package.module:Class`.")
+    objective: str = Field(
+        min_length=1,
+        description="reinforce | rloo | grpo | … | sft | reward (`rlhf recipes --objectives`), or `package.module:Class`.",
+    )
     run: Run
     policy: Policy = Policy()
     reference: Reference = Reference()

@@ -17,7 +17,15 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Placement = Literal["auto", "replicate", "zero3", "offload", "quantized"]
 Baseline = Literal[
-    "none", "moving_average", "batch_mean", "leave_one_out", "shrinkage", "greedy", "value", "optimal_token"
+    "none",
+    "moving_average",
+    "batch_mean",
+    "group_mean",
+    "leave_one_out",
+    "shrinkage",
+    "greedy",
+    "value",
+    "optimal_token",
 ]
 Dotted = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 KnownFormat = Literal[  # rlhf.data.formats.FORMATS, in its order: the order in which formats are looked for
@@ -260,10 +268,21 @@ class Instruction(Section):
 
 
 class ReinforceSettings(Section):
-    """Settings of objective `reinforce`."""
+    """Settings of objective `reinforce` and of the presets made of it (`rloo`, `remax`, `grpo`, …)."""
 
     baseline: Baseline = Field(default="leave_one_out", description="What is subtracted from the reward.")
-    updates_per_rollout: Count = Field(default=1, description="Optimizer steps per rollout.")
+    divide_by: Literal["none", "group_std", "batch_std"] = Field(
+        default="none",
+        description="What advantages are divided by; a standard deviation turns or rescales the gradient.",
+    )
+    average: Literal["completions", "completion_tokens", "tokens"] = Field(
+        default="completions",
+        description="What the loss is a mean over; completion_tokens: completions, log π a mean over their tokens.",
+    )
+    updates_per_rollout: Count = Field(
+        default=1, description="Optimizer steps per rollout; later ones weight whole completions by π/π_old."
+    )
+    importance_cap: Positive = Field(default=5.0, description="Largest such weight.")
     skip_zero_variance: bool = Field(
         default=False, description="Leave out groups whose rewards are all equal (they carry the KL gradient alone)."
     )

@@ -29,7 +29,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 METRIC_SOURCES = (
     *(
         f"rlhf/programs/{name}.py"
-        for name in ("measure", "evaluation", "scoring", "reward_figures", "streams", "policy", "supervised")
+        for name in ("measure", "passes", "evaluation", "scoring", "reward_figures", "streams", "policy", "supervised")
     ),
     *("rlhf/rewards/combine.py", "rlhf/assemble/supervised.py"),
 )

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import rlhf
 from rlhf.assemble.policy import objective
 from rlhf.errors import ExitCode, UserError
+from rlhf.objectives.presets import OBJECTIVES
 from rlhf.objectives.reinforce import Reinforce
 from rlhf.recipe import load_recipe, sections
 
@@ -242,3 +243,28 @@ def test_a_reward_function_of_trl_runs_as_it_is(recipe: str, sft: Path) -> None:
     run = train(recipe, 'reward.functions=[{call: "trl.rewards:think_format_reward"}]', "rollout.samples_per_prompt=2")
     assert [row["reward/score_mean"] for row in run.metrics] == [0.0, 0.0]  # no tiny model writes <think> by chance
     assert all(row["reward/valid_rate"] == 1.0 for row in run.metrics)
+
+
+FAMILY = [name for name, entry in OBJECTIVES.items() if entry.program == "policy"]
+
+
+@pytest.mark.parametrize("weights", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("objective_name", FAMILY)
+def test_one_word_swaps_the_objective(recipe: str, sft: Path, objective_name: str, weights: Sequence[str]) -> None:
+    assert rlhf.train(recipe, f"objective={objective_name}", *weights) == ExitCode.DONE
+    run = Run(Path("runs") / f"tiny-{objective_name}")
+    if not weights:
+        assert_sound(run, sft)
+    pinned = OBJECTIVES[objective_name].pins
+    saved = load_recipe(str(run.path / "recipe.yaml"))
+    assert all(getattr(saved.reinforce, key.partition(".")[2]) == value for key, value in pinned.items())
+    assert objective(saved).name == objective_name
+
+
+def test_several_updates_of_one_rollout(recipe: str, sft: Path) -> None:
+    run = train(recipe, "reinforce.updates_per_rollout=3")
+    assert_sound(run, sft)
+    shares = [row["policy/effective_sample_share"] for row in run.metrics]
+    assert all(0 < share < 1 for share in shares)  # the policy has left the one that sampled
+    state = json.loads((sorted((run.path / "checkpoints").iterdir())[-1] / "state.json").read_text())
+    assert state["train"]["optimizer_step"] == 6

@@ -4,8 +4,8 @@ Prompts are made of the same four words and have different lengths, so sampling 
 one to three words, so updates pad on the right. Nothing is masked away: 40 completions hold all the probability there
 is, and π*(y|x) ∝ π_ref(y|x)·exp(r/β) can be written down.
 
-Every prompt holds two different words, or the optimum could not be reached: without a BOS, attention over "a", "a a" and
-"a a a" averages equal values, so the model says the same after each of them, whatever its weights.
+Every prompt holds two different words, or the optimum could not be reached: without a BOS, attention over "a", "a a"
+and "a a a" averages equal values, so the model says the same after each of them, whatever its weights.
 """
 
 from __future__ import annotations

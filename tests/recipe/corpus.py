@@ -151,7 +151,10 @@ MEANING: dict[str, Broken] = {
     "mean of one": b(
         k("1") + "batch: {prompts_per_step: 1}\nreinforce: {baseline: batch_mean}\n", "every advantage is 0", line=8
     ),
-    "off-policy updates": b(recipe(reinforce="reinforce: {updates_per_rollout: 2}"), "importance weights", line=6),
+    "a spread for every token": b(
+        recipe(reinforce="reinforce: {baseline: optimal_token, divide_by: group_std}"), "another baseline", line=6
+    ),
+    "best of one": b(k("1").replace("objective: reinforce", "objective: raft"), "every completion the best", line=6),
     "adaptive KL": b(recipe(kl="kl: {target: 6.0}"), "kl.target: adapting beta", line=6),
     "instruction without rows": b(
         recipe(instruction="instruction: {coefficient: 0.1}"), "add data.instruction", line=6

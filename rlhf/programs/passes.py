@@ -1,0 +1,79 @@
+"""One rollout, several optimizer steps: how it is cut, and what the steps say together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.data.order import epoch_permutation
+from rlhf.interfaces import Collective, Passes, PolicyObjective, TokenStats
+from rlhf.programs import measure
+from rlhf.rollout import Rollout
+from rlhf.runtime.updater import UpdateReport
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step and the part of the rollout it was made of."""
+
+    part: Rollout
+    report: UpdateReport
+
+
+def passes_of(objective: PolicyObjective) -> Passes:
+    """How often the objective goes over a rollout; once, in one step, where it does not say."""
+    found: Passes = getattr(objective, "passes", Passes())
+    return found
+
+
+def parts(rollout: Rollout, passes: Passes, step: int) -> Iterator[Rollout]:
+    """The rollout of each optimizer step in turn: whole groups, dealt anew each epoch as a function of the step."""
+    for epoch in range(passes.epochs):
+        if passes.minibatches == 1:
+            yield rollout
+            continue
+        groups = sorted(set(rollout.group.tolist()))
+        order = epoch_permutation(len(groups), step, epoch)
+        for first in range(passes.minibatches):
+            chosen = torch.tensor([groups[i] for i in order[first :: passes.minibatches]], device=rollout.group.device)
+            yield rollout.select(torch.nonzero(torch.isin(rollout.group, chosen))[:, 0])
+
+
+def on_policy_stats(rollout: Rollout, updates: Sequence[Update]) -> TokenStats:
+    """Statistics of the whole rollout under the policy that sampled it: of the first forward where it saw all rows."""
+    first = updates[0]
+    if len(first.part) == len(rollout):
+        return first.report.stats[0]
+    assert rollout.old_logprobs is not None
+    return TokenStats(logprobs=rollout.old_logprobs)
+
+
+def metrics(
+    updates: Sequence[Update], passes: Passes, max_grad_norm: float | None, collective: Collective
+) -> dict[str, float]:
+    """Means over the steps of the rollout, and how far the last epoch had drifted from the policy that sampled."""
+    rows = [measure.update_metrics(update.report, max_grad_norm) for update in updates]
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    means["optim/lr"] = rows[-1]["optim/lr"]
+    if passes.updates > 1:
+        means["policy/effective_sample_share"] = _effective_share(updates[-passes.minibatches :], collective)
+    return means
+
+
+def _effective_share(updates: Sequence[Update], collective: Collective) -> float:
+    """(Σw)² / (n·Σw²) of the completions' importance weights w = π/π_old: 1 = on-policy, 1/n = one row decides."""
+    weights = torch.cat([_weights(update) for update in updates])
+    total, square, count = collective.sum(
+        torch.stack([weights.sum(), weights.square().sum(), weights.new_tensor(float(len(weights)))])
+    ).tolist()
+    return total * total / (count * square) if square else 0.0
+
+
+def _weights(update: Update) -> Tensor:
+    part, stats = update.part, update.report.stats[0]
+    assert part.old_logprobs is not None
+    log_ratio = torch.where(part.completion_mask, stats.logprobs - part.old_logprobs, 0.0).sum(1)
+    return log_ratio.double().exp()[part.valid]
