@@ -43,7 +43,7 @@ class Recipe(Section):
 
     objective: str = Field(
         min_length=1,
-        description="reinforce | rloo | grpo | … | sft | reward (`rlhf recipes --objectives`), or `package.module:Class`.",
+        description="reinforce | rloo | … | sft | reward (`rlhf recipes --objectives`), or `package.module:Class`.",
     )
     run: Run
     policy: Policy = Policy()
