@@ -59,13 +59,14 @@ class StatsRequest:
     temperature: float = 1.0
     entropy: bool = False
     score_norms: bool = False
+    values: bool = False  # of the critic
     reference: bool = False  # exact KL and ref_logprobs against reference hidden states handed to the forward
 
 
 class TokenStats(NamedTuple):
     """Statistics of the completion tokens, [B, C] each, exactly 0 where the mask is False; None = not asked for.
 
-    ``logprobs``, ``kl`` and (if its loss is used) ``entropy`` carry gradient; the others are detached.
+    ``logprobs``, ``kl``, ``values`` and (if its loss is used) ``entropy`` carry gradient; the others are detached.
     """
 
     logprobs: Tensor  # log π_T(y_t | x, y_<t), nats
@@ -74,6 +75,7 @@ class TokenStats(NamedTuple):
     kl: Tensor | None = None  # Σ_v π log(π/π_ref) at this position, nats
     ref_logprobs: Tensor | None = None
     scores: Tensor | None = None  # [B] scalar head, reward models only
+    values: Tensor | None = None  # V(x, y_<t), with gradient
 
 
 @dataclass(frozen=True, kw_only=True)

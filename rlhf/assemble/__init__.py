@@ -10,20 +10,27 @@ __all__ = ["Job", "build", "program_of"]
 
 
 def program_of(recipe: Recipe) -> str:
-    """``policy``, ``sft`` or ``reward``: which loop runs the objective. Outside objectives run in the policy loop."""
+    """``policy``, ``preference``, ``sft`` or ``reward``: which loop runs the objective, and so what its rows are.
+
+    Outside objectives run in the policy loop, and so does ``dpo.online``.
+    """
     from rlhf.objectives.presets import OBJECTIVES
 
     preset = OBJECTIVES.get(recipe.objective)
-    return preset.program if preset is not None else "policy"
+    if preset is None or (recipe.objective == "dpo" and recipe.dpo.online):
+        return "policy"
+    return preset.program
 
 
 def build(recipe: Recipe, session: Session) -> Job:
     """The objective's job, ready to train."""
-    from rlhf.assemble import policy, supervised
+    from rlhf.assemble import policy, preference, supervised
 
     program = program_of(recipe)
     if program == "sft":
         return supervised.sft(recipe, session)
     if program == "reward":
         return supervised.reward(recipe, session)
+    if program == "preference":
+        return preference.build(recipe, session)
     return policy.build(recipe, session)

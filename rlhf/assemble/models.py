@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import nn
 from rlhf.assemble.data import sources
 from rlhf.data import load as data
 from rlhf.models import load, scratch
+from rlhf.models.critic import Critic
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import FrozenReference
 from rlhf.recipe import Recipe
@@ -85,9 +87,33 @@ def parameters(model: nn.Module) -> int:
 
 
 def adamw(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over what is trained, without weight decay; betas are PyTorch's."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=recipe.optim.lr, eps=recipe.optim.eps, weight_decay=0.0)
+    """AdamW over what is trained, without weight decay; betas are PyTorch's. A critic has its own learning rate."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = []
+    for of_critic, scale in ((False, 1.0), (True, (recipe.value.lr or recipe.optim.lr) / recipe.optim.lr)):
+        part = [parameter for name, parameter in named if name.startswith("critic.") is of_critic]
+        groups += [{"params": part, "lr_scale": scale}] if part else []
+    return torch.optim.AdamW(groups, lr=recipe.optim.lr, eps=recipe.optim.eps, weight_decay=0.0)
+
+
+def critic(recipe: Recipe, tokenizer: Any, note: Callable[[str], None]) -> Critic:
+    """The value model: the reward model's weights where it reads the policy's tokens, else the policy's trunk and a new
+    head (``value.init: zeros``: one that says 0)."""
+    path, settings = recipe.policy.path, recipe.value
+    if settings.init == "reward":
+        judge = recipe.reward.models[0].path if recipe.reward.models else None
+        if judge is not None and load.load_tokenizer(judge, what="reward model").get_vocab() == tokenizer.get_vocab():
+            path = judge
+        else:
+            why = "there is no reward model" if judge is None else f"{judge} has another vocabulary"
+            note(f"value.init: {why}, so the value model starts from the policy with a new head")
+    if path is None:
+        model: Any = scratch.build_reward_model(_scratch_config(recipe, tokenizer), recipe.run.seed)
+    else:
+        model = load.load_classifier(path, recipe.run.seed, attention=recipe.policy.attention)
+    if settings.init == "zeros":
+        torch.nn.init.zeros_(model.score.weight)
+    return Critic(model)
 
 
 def frozen_reference(recipe: Recipe, policy: nn.Module, runtime: Runtime) -> FrozenReference | None:

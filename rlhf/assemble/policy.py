@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -11,11 +11,13 @@ import torch
 
 from rlhf.assemble import data, models, rewards
 from rlhf.assemble.job import Job
-from rlhf.interfaces import PolicyObjective
+from rlhf.interfaces import Passes, PolicyObjective
 from rlhf.locate import named_code
 from rlhf.models.chat import Dialogue, stop_ids
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import AdapterOffReference, Reference
+from rlhf.objectives.dpo import Dpo
+from rlhf.objectives.ppo import Ppo
 from rlhf.objectives.presets import OBJECTIVES
 from rlhf.objectives.raft import Raft
 from rlhf.objectives.reinforce import Reinforce
@@ -28,6 +30,7 @@ from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
 from rlhf.rewards.combine import RewardSet
 from rlhf.rewards.model import RewardModel
+from rlhf.rollout import Prompt
 from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import PolicyForward
@@ -36,6 +39,10 @@ from rlhf.sampling.hf import HFSampler
 
 def objective(recipe: Recipe) -> PolicyObjective:
     """The policy objective: one of ours, or ``package.module:Class``, which is given the resolved recipe."""
+    if recipe.objective == "dpo":
+        return dpo(recipe)
+    if recipe.objective == "ppo":
+        return ppo(recipe)
     if recipe.objective == "raft":
         return Raft(beta=recipe.kl.beta, temperature=recipe.rollout.temperature)
     if recipe.objective in OBJECTIVES:
@@ -55,6 +62,31 @@ def objective(recipe: Recipe) -> PolicyObjective:
             importance_cap=recipe.reinforce.importance_cap,
         )
     return cast(PolicyObjective, named_code(recipe.objective, "objective")(recipe))
+
+
+def ppo(recipe: Recipe) -> Ppo:
+    settings = recipe.ppo
+    return Ppo(
+        beta=recipe.kl.beta,
+        clip=settings.clip,
+        gamma=settings.gamma,
+        lam=settings.gae_lambda,
+        value_clip=recipe.value.clip,
+        value_coefficient=recipe.value.coefficient,
+        passes=Passes(epochs=settings.epochs, minibatches=settings.minibatches),
+        temperature=recipe.rollout.temperature,
+    )
+
+
+def dpo(recipe: Recipe) -> Dpo:
+    """Of pairs from the data, or from the policy's own rollouts."""
+    settings = recipe.dpo
+    return Dpo(
+        beta=settings.beta or recipe.kl.beta,
+        loss=settings.loss,
+        smoothing=settings.label_smoothing,
+        labels=settings.labels,
+    )
 
 
 def sampler(
@@ -77,6 +109,31 @@ def sampler(
     )
 
 
+def evaluation(
+    recipe: Recipe,
+    session: Session,
+    tokenizer: Any,
+    wrapped: torch.nn.Module,
+    reference: Reference,
+    judges: RewardSet,
+    prompts: Sequence[Prompt],
+    steps: int,
+) -> Evaluation:
+    """Held-out prompts with the same noise each time, judged by the rewards and whoever else ``eval`` names."""
+    at = recipe.eval.temperature or recipe.rollout.temperature
+    return Evaluation(
+        session=session,
+        prompts=prompts,
+        sampler=sampler(recipe, session.runtime, tokenizer, wrapped, 1, at),
+        rewards=judges,
+        reference=reference,
+        temperature=at,
+        microbatch_tokens=recipe.batch.microbatch_tokens,
+        every_steps=recipe.eval.every_steps or 0,
+        steps=steps,
+    )
+
+
 def build(recipe: Recipe, session: Session) -> Job:
     """Data first, models after it: nothing is loaded for a run that cannot start."""
     runtime = session.runtime
@@ -87,13 +144,17 @@ def build(recipe: Recipe, session: Session) -> Job:
     steps = recipe.run.steps or math.ceil(len(train_prompts) / recipe.batch.prompts_per_step)
     scores = rewards.reward_set(recipe, runtime, steps=steps)
     judges = rewards.with_judges(recipe, runtime, scores, steps=steps)
-    policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
+    goal = objective(recipe)
+    policy = ScoredModel(
+        models.causal_lm(recipe, tokenizer),
+        compute_dtype=models.compute_dtype(recipe),
+        critic=models.critic(recipe, tokenizer, session.note) if "values" in goal.needs else None,
+    )
     _say_where_the_judge_is_the_smaller(session, scores, policy)
     anchor: Reference | None = models.frozen_reference(recipe, policy.causal_lm, runtime)
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
     anchor = anchor or AdapterOffReference(wrapped, policy)
-    goal = objective(recipe)
-    settings, at = recipe.rollout, recipe.eval.temperature or recipe.rollout.temperature
+    settings = recipe.rollout
     run = program.PolicyRun(
         session=session,
         model=wrapped,
@@ -109,17 +170,7 @@ def build(recipe: Recipe, session: Session) -> Job:
             prompts=train_prompts, per_step=recipe.batch.prompts_per_step, seed=recipe.run.seed, own=own
         ),
         instruction=_instruction(recipe, runtime, anchor, mixed),
-        evaluation=Evaluation(
-            session=session,
-            prompts=held_out,
-            sampler=sampler(recipe, runtime, tokenizer, wrapped, 1, at),
-            rewards=judges,
-            reference=anchor,
-            temperature=at,
-            microbatch_tokens=recipe.batch.microbatch_tokens,
-            every_steps=recipe.eval.every_steps or 0,
-            steps=steps,
-        ),
+        evaluation=evaluation(recipe, session, tokenizer, wrapped, anchor, judges, held_out, steps),
         steps=steps,
         samples_logged=recipe.tracking.samples,
     )

@@ -75,7 +75,7 @@ def reward(recipe: Recipe, session: Session) -> Job:
         objective=BradleyTerry(),
         updater=models.updater(recipe, runtime, wrapped, optimizer, scalar_forward, steps),
         batches=streams.ShuffledPairs(
-            epoch_prompts=_epochs(recipe, tokenizer, prompts),
+            epoch_prompts=epochs(recipe, tokenizer, prompts),
             per_epoch=len(prompts),
             per_step=size,
             seed=recipe.run.seed,
@@ -106,7 +106,7 @@ def _prompts(recipe: Recipe, pairs: Sequence[Preference]) -> list[streams.Prompt
     return streams.by_prompt(pairs)
 
 
-def _epochs(
+def epochs(
     recipe: Recipe, tokenizer: Any, first: list[streams.PromptPairs]
 ) -> Callable[[int], list[streams.PromptPairs]]:
     """epoch → its prompts; labelled text is paired anew each epoch. The last two epochs asked for are kept."""

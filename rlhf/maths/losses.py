@@ -7,6 +7,8 @@ inputs are NaN or infinite. logprobs [B, C] nats with gradient; mask [B, C] and 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -93,6 +95,29 @@ def bradley_terry_sum(chosen: Tensor, rejected: Tensor, margin: Tensor | float |
     """−Σ log σ(chosen − rejected − margin) (Bradley & Terry 1952; margin: Touvron et al. 2023, eq. 2). [N], [N]."""
     difference = chosen - rejected
     return -F.logsigmoid(difference if margin is None else difference - margin).sum()
+
+
+def dpo_sum(
+    margin: Tensor, label: Tensor | float, beta: float, kind: Literal["sigmoid", "ipo", "robust"] = "sigmoid"
+) -> Tensor:
+    """Loss of pairs by the implicit reward margin, summed. margin [P] = (log π/π_ref)(y_1) − (log π/π_ref)(y_2), nats.
+
+    label: probability that y_1 is the better one, [P] or one number; h = β·margin.
+    ``sigmoid``: −p·log σ(h) − (1 − p)·log σ(−h) (DPO, Rafailov et al. 2023, eq. 7; p < 1: conservative DPO).
+    ``ipo``: p·(margin − 1/2β)² + (1 − p)·(margin + 1/2β)² (Azar et al. 2023, eq. 17).
+    ``robust``: (p·(−log σ(h)) − (1 − p)·(−log σ(−h))) / (2p − 1): unbiased where labels are flipped with probability
+    1 − p (Chowdhury et al. 2024); raises ValueError for p ≤ 1/2, where they say nothing.
+    """
+    p = torch.as_tensor(label, dtype=margin.dtype, device=margin.device).detach()
+    if kind == "ipo":
+        aim = 1 / (2 * beta)
+        return (p * (margin - aim).square() + (1 - p) * (margin + aim).square()).sum()
+    right, wrong = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
+    if kind == "sigmoid":
+        return (p * right + (1 - p) * wrong).sum()
+    if bool((p <= 0.5).any()):
+        raise ValueError("the robust loss needs labels that are right more often than not")
+    return ((p * right - (1 - p) * wrong) / (2 * p - 1)).sum()
 
 
 def nll_sum(logprobs: Tensor, mask: Tensor, valid: Tensor) -> Tensor:

@@ -18,14 +18,21 @@ class ScoredModel(nn.Module):
     """The only module handed to accelerate. Call it (never a submodule) so that DDP and ZeRO see every forward.
 
     causal_lm: a transformers causal LM, or a PeftModel around one. Its ``lm_head`` is replaced by a ``ChunkedHead``.
-    compute_dtype: autocast type of the forward; float32 and float64 run as they are.
+    compute_dtype: autocast type of the forward; float32 and float64 run as they are. critic: a ``models.critic.Critic``
+    where the objective asks for values; it is trained and checkpointed with the policy and no part of ``causal_lm``.
     """
 
     def __init__(
-        self, causal_lm: nn.Module, *, compute_dtype: torch.dtype = torch.float32, chunk_bytes: int = CHUNK_BYTES
+        self,
+        causal_lm: nn.Module,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        chunk_bytes: int = CHUNK_BYTES,
+        critic: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.critic = critic
         self.compute_dtype = compute_dtype
         inner = self._inner()
         if hasattr(inner.lm_head, "lora_A"):
@@ -80,7 +87,11 @@ class ScoredModel(nn.Module):
             if states_only:
                 return {"hidden": hidden}
             stats = PositionStats(*self.head(hidden, target, request, reference))
-        return {name: value for name, value in stats._asdict().items() if value is not None}
+            found = {name: value for name, value in stats._asdict().items() if value is not None}
+            if request.values:
+                assert self.critic is not None, "values were asked of a policy without a critic"
+                found["values"] = self.critic(input_ids, attention_mask, position_ids, source)
+        return found
 
 
 def token_stats(

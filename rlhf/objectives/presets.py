@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-Program = Literal["policy", "sft", "reward"]
+Program = Literal["policy", "preference", "sft", "reward"]
 
 COMMON_SECTIONS = ("run", "policy", "data", "optim", "batch", "eval", "checkpoint", "tracking")
 POLICY_SECTIONS = (*COMMON_SECTIONS, "reference", "reward", "rollout", "kl", "instruction")
@@ -104,6 +104,24 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
         "dr_grpo": _reinforce(
             "reinforce with b = group mean", "Liu et al. 2025", _OWN_MEAN, baseline="group_mean", **_UNBIASED
         ),
+        "ppo": Preset(
+            target="rlhf.objectives.ppo:Ppo",
+            formula="maximise E[min(ρ·A, clip(ρ, 1 ± ε)·A)], ρ = π/π_old a token, A = GAE(γ, λ) of r − β·log π/π_ref",
+            needs=(*_SAMPLED, "a value model, made of the reward model unless value.init says otherwise"),
+            program="policy",
+            sections=frozenset({*POLICY_SECTIONS, "ppo", "value"} - {"instruction"}),
+            source="Schulman et al. 2017; Ziegler et al. 2019",
+            bias="λ < 1 trusts the value model; clipping and token ratios bias every step after the first",
+        ),
+        "dpo": Preset(
+            target="rlhf.objectives.dpo:Dpo",
+            formula="maximise E_pairs[log σ(β·(log π/π_ref(y_chosen) − log π/π_ref(y_rejected)))]",
+            needs=("pairs of a better and a worse completion; or prompts and a reward, with dpo.online", "a reference"),
+            program="preference",
+            sections=frozenset({*POLICY_SECTIONS, "dpo"} - {"instruction"}),
+            source="Rafailov et al. 2023",
+            bias="offline: its optimum is that of the pairs' annotators, where the pairs reach; kl.beta stands for β",
+        ),
         "raft": Preset(
             target="rlhf.objectives.raft:Raft",
             formula="maximise E[log π(y_best|x)], y_best = the prompt's completion with the highest penalized reward",
@@ -131,7 +149,7 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
 )
 
 # Names that people know and that this version refuses by name, instead of guessing at a near one.
-NOT_IN_THIS_VERSION = frozenset((*("ppo", "dpo", "a2c", "trpo", "kto", "simpo"),))
+NOT_IN_THIS_VERSION = frozenset(("a2c", "trpo", "kto", "simpo"))
 
 
 def is_dotted(name: str) -> bool:

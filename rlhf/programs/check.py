@@ -31,6 +31,15 @@ from rlhf.recipe.schema import DataSource
 ROWS = 10_000  # looked at per source: a table of lengths needs no more, and rendering them takes seconds
 
 
+# What the rows of data.train and of data.eval are used as, by the loop that runs the objective.
+_KINDS = {
+    "policy": ("prompts", "prompts"),
+    "preference": ("preferences", "prompts"),
+    "sft": ("demonstrations", "demonstrations"),
+    "reward": ("preferences", "preferences"),
+}
+
+
 @dataclass(frozen=True)
 class Tokens:
     """One example as a run sees it. prompt: ids that are conditioned on; completions: ids that count, none where the
@@ -96,11 +105,11 @@ def _paths(recipe: Recipe) -> list[str]:
 
 def _parts(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[DataSource]]]:
     """(key, what its rows are used as, sources) of the data that the objective reads."""
-    kind = {"policy": "prompts", "sft": "demonstrations", "reward": "preferences"}[assemble.program_of(recipe)]
+    kind, held_out = _KINDS[assemble.program_of(recipe)]
     yield "data.train", kind, recipe.data.train
     if reads(recipe, "instruction") and recipe.instruction.coefficient > 0:
         yield "data.instruction", "demonstrations", recipe.data.instruction
-    yield "data.eval", kind, recipe.data.eval
+    yield "data.eval", held_out, recipe.data.eval
 
 
 def _first_rows(entry: DataSource, rows: int) -> DataSource:

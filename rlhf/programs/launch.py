@@ -99,7 +99,7 @@ def _guarded(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> ExitC
         traceback.print_exc()
         return code
     _finish(runtime, directory, "finished", ExitCode.DONE, "done", step)
-    if runtime.main and assemble.program_of(recipe) == "policy":
+    if runtime.main and assemble.program_of(recipe) in ("policy", "preference"):
         from rlhf.programs.report import write_report
 
         _say(runtime, f"report: {write_report(directory.path)}")

@@ -88,6 +88,8 @@ def rollout_metrics(rollout: Rollout, stats: TokenStats, beta: float, collective
     }
     if stats.entropy is not None:
         sums["policy/entropy"] = (torch.where(mask, stats.entropy, 0.0).sum(), mask.sum())
+    if rollout.returns is not None and rollout.values is not None:
+        sums |= _value_sums(rollout.values, rollout.returns, mask)
     if rollout.rollout_logprobs is not None:
         gap = torch.where(mask, (stats.logprobs - rollout.rollout_logprobs).abs(), 0.0)
         sums["policy/sampler_gap"] = (gap.sum(), mask.sum())
@@ -95,8 +97,22 @@ def rollout_metrics(rollout: Rollout, stats: TokenStats, beta: float, collective
         sums[f"reward/{name}_mean"] = _over(score, torch.isfinite(score))
     means = global_means(sums, collective)
     square = means.pop("reward/score_square")
+    if "value/return_square" in means:
+        spread = means.pop("value/return_square") - means["value/return_mean"] ** 2
+        means["value/explained_variance"] = 1 - means["value/squared_error"] / spread if spread > 0 else float("nan")
     means["reward/score_std"] = max(square - means["reward/score_mean"] ** 2, 0.0) ** 0.5
     return means
+
+
+def _value_sums(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums over tokens of what tells whether the critic knows anything."""
+    kept = {
+        "value/value_mean": values,
+        "value/return_mean": returns,
+        "value/return_square": returns.square(),
+        "value/squared_error": (values - returns).square(),
+    }
+    return {name: (torch.where(mask, value.double(), 0.0).sum(), mask.sum()) for name, value in kept.items()}
 
 
 def update_metrics(report: UpdateReport, max_grad_norm: float | None) -> dict[str, float]:

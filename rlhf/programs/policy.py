@@ -109,10 +109,10 @@ def fill_needs(run: PolicyRun, rollout: Rollout, prompts: Sequence[Prompt], slot
         request = StatsRequest(temperature=temperature)
         found = scored(run, rollout, lambda batch: run.reference.stats(plain_rows(batch), request))
         rollout = replace(rollout, ref_logprobs=found.logprobs)
-    if needs & {"old_logprobs", "score_norms"}:
-        request = StatsRequest(temperature=temperature, score_norms="score_norms" in needs)
+    if needs & {"old_logprobs", "score_norms", "values"}:
+        request = StatsRequest(temperature=temperature, score_norms="score_norms" in needs, values="values" in needs)
         found = scored(run, rollout, lambda batch: token_stats(run.model, plain_rows(batch), request))
-        rollout = replace(rollout, old_logprobs=found.logprobs, score_norms=found.score_norms)
+        rollout = replace(rollout, old_logprobs=found.logprobs, score_norms=found.score_norms, values=found.values)
     if "greedy" in needs:
         best = run.rewards.score(run.sampler.greedy(causal_lm(run.model), prompts, slots, step), step)
         assert best.rewards is not None

@@ -14,6 +14,7 @@ from rlhf.models.chat import Dialogue, render_completion, render_prompt
 from rlhf.models.layout import plain_rows
 from rlhf.models.policy import token_stats
 from rlhf.models.scalar import scalar_stats
+from rlhf.objectives.dpo import Dpo, ReferencedPairs
 from rlhf.objectives.supervised import DemonstrationBatch, PairBatch
 from rlhf.programs.measure import global_means
 from rlhf.programs.reward_figures import HeldOut, figures
@@ -51,6 +52,24 @@ def pair_metrics(batch: PairBatch, stats: TokenStats, runtime: Collective) -> di
             "reward_model/accuracy": ((chosen > rejected).sum(), pairs),
             "reward_model/margin": ((chosen - rejected).sum(), pairs),
             "reward_model/score_mean": (stats.scores.sum(), torch.ones_like(stats.scores).sum()),
+        },
+        runtime,
+    )
+
+
+def preference_metrics(batch: TokenBatch, stats: TokenStats, objective: Dpo, runtime: Collective) -> dict[str, float]:
+    """How far the policy has pulled the step's pairs apart before it: log π/π_ref, nats a completion."""
+    pairs = objective.pairs(batch)
+    margins = objective.margins(stats, batch, pairs)
+    assert isinstance(batch, ReferencedPairs)
+    log_ratio = torch.where(batch.completion_mask, stats.logprobs - batch.ref_logprobs, 0.0).sum(1)
+    count = torch.tensor(float(len(margins)), device=margins.device)
+    return global_means(
+        {
+            "policy/pair_accuracy": ((margins > 0).sum(), count),
+            "policy/pair_margin": (margins.sum(), count),
+            "policy/better_log_ratio": (log_ratio[pairs.first].sum(), count),
+            "policy/worse_log_ratio": (log_ratio[pairs.second].sum(), count),
         },
         runtime,
     )

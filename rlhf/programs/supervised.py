@@ -11,6 +11,7 @@ from torch import nn
 
 from rlhf.interfaces import Objective, TokenStats, TrainState
 from rlhf.programs import measure
+from rlhf.programs.evaluation import Evaluation
 from rlhf.programs.session import Session
 from rlhf.rollout import TokenBatch
 from rlhf.runtime.updater import Term, Updater, UpdateReport
@@ -23,7 +24,8 @@ class BatchStream(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedRun:
-    """Everything the loop calls. evaluate: held-out metrics; batch_metrics: what a step's statistics say."""
+    """Everything the loop calls. evaluate: held-out metrics; batch_metrics: what a step's statistics say; evaluation:
+    held-out completions, where the trained model is a policy that rewards can judge."""
 
     session: Session
     model: nn.Module
@@ -34,11 +36,14 @@ class SupervisedRun:
     eval_every: int
     evaluate: Callable[[nn.Module], dict[str, float]]
     batch_metrics: Callable[[TokenBatch, TokenStats], dict[str, float]]
+    evaluation: Evaluation | None = None
 
 
 def train(run: SupervisedRun, state: TrainState) -> TrainState:
     """Runs the steps that are left; one step is one optimizer step."""
     session = run.session
+    if run.evaluation is not None:
+        run.evaluation.before(run.model, state)
     for step in range(state.step + 1, run.steps + 1):
         clock = measure.Clock()
         batch = run.batches.at(step).to(session.runtime.device)
@@ -50,8 +55,12 @@ def train(run: SupervisedRun, state: TrainState) -> TrainState:
         session.log(step, {**_metrics(run, batch, report), **clock.metrics(rows, tokens)})
         if step == run.steps or (run.eval_every and step % run.eval_every == 0):
             session.evaluated(step, run.evaluate(run.model))
+        if run.evaluation is not None:
+            run.evaluation.maybe(run.model, step)
         session.guard.check(step, applied=report.applied)
         session.checkpoint(step, state, run.model, run.updater.optimizer, last=step == run.steps)
+    if run.evaluation is not None:
+        run.evaluation.after(run.model, state)
     return state
 
 

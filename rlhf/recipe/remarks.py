@@ -44,6 +44,16 @@ def known_distortions(recipe: Recipe) -> Iterator[str]:
 
 
 @remark
+def one_kind_of_kl(recipe: Recipe) -> Iterator[str]:
+    """Objectives outside the REINFORCE family know the sampled KL alone; their recipe may have been made for it."""
+    if not on_policy(recipe) or family(recipe) or recipe.objective not in OBJECTIVES:
+        return
+    unread = [name for name, unset in (("estimator", "k1"), ("loss_beta", 0.0)) if getattr(recipe.kl, name) != unset]
+    if unread:
+        yield f"{recipe.objective} does not read {', '.join(f'kl.{name}' for name in unread)}"
+
+
+@remark
 def one_model_is_no_ensemble(recipe: Recipe) -> Iterator[str]:
     if reads(recipe, "reward") and recipe.reward.combine != "mean" and len(recipe.reward.models) == 1:
         yield f"reward.combine: {recipe.reward.combine} of a single model is that model"

@@ -154,6 +154,8 @@ def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
 def reinforce_has_something_to_maximise(recipe: Recipe) -> Iterator[Problem]:
     if not reads(recipe, "reward") or is_dotted(recipe.objective):
         return
+    if recipe.objective == "dpo" and not recipe.dpo.online:
+        return  # learns from the data's pairs; rewards only judge held-out completions
     models, functions = recipe.reward.models, recipe.reward.functions
     weights = [*(model.weight for model in models), *(function.weight for function in functions)]
     if not any(weights):
@@ -216,7 +218,8 @@ def batch_mean_needs_a_batch(recipe: Recipe) -> Iterator[Problem]:
 def value_baseline_needs_a_value_model(recipe: Recipe) -> Iterator[Problem]:
     if family(recipe) and recipe.reinforce.baseline == "value":
         yield Problem(
-            ("reinforce", "baseline"), "value needs a value model, which is not in this version; use leave_one_out"
+            ("reinforce", "baseline"),
+            "value needs a critic, which reinforce has not; use leave_one_out, or objective: ppo",
         )
 
 
@@ -224,6 +227,36 @@ def value_baseline_needs_a_value_model(recipe: Recipe) -> Iterator[Problem]:
 def the_best_needs_rivals(recipe: Recipe) -> Iterator[Problem]:
     if recipe.objective == "raft" and recipe.rollout.samples_per_prompt < 2:
         yield Problem(("rollout", "samples_per_prompt"), "1 makes every completion the best; set at least 2")
+
+
+@rule
+def the_critic_can_be_made(recipe: Recipe) -> Iterator[Problem]:
+    if not reads(recipe, "value") or is_dotted(recipe.objective):
+        return
+    if recipe.value.shared:
+        yield Problem(("value", "shared"), "a head on the policy is not in this version; set false")
+    scratch = recipe.policy.scratch
+    if scratch is not None and scratch.family == "gemma4" and not recipe.reward.models:
+        yield Problem(("policy", "scratch", "family"), "gemma4 has no class with a scalar head; use gemma3")
+    if recipe.ppo.minibatches > recipe.batch.prompts_per_step:
+        yield Problem(
+            ("ppo", "minibatches"), f"{recipe.ppo.minibatches} parts of {recipe.batch.prompts_per_step} prompts"
+        )
+
+
+@rule
+def pairs_come_from_somewhere(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.objective != "dpo":
+        return
+    settings = recipe.dpo
+    if settings.online and recipe.rollout.samples_per_prompt < 2:
+        yield Problem(("rollout", "samples_per_prompt"), "1 completion makes no pair, and dpo.online asks for pairs")
+    if settings.online and recipe.rollout.temperature != 1:
+        yield Problem(("rollout", "temperature"), "dpo compares log-probabilities at temperature 1; set 1.0")
+    if (settings.beta or recipe.kl.beta) == 0:
+        yield Problem(("dpo", "beta"), "null stands for kl.beta, which is 0: nothing would be learned; set one of them")
+    if settings.loss == "robust" and settings.online and settings.labels == "soft":
+        yield Problem(("dpo", "loss"), "robust corrects for labels that are flipped; soft labels are not; set sigmoid")
 
 
 @rule

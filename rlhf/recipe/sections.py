@@ -146,8 +146,9 @@ class Value(Section):
 
     init: Literal["reward", "policy", "zeros"] = Field(default="reward", description="What it starts from.")
     shared: bool = Field(default=False, description="A head on the policy instead of a model of its own.")
-    lr: Positive = Field(default=9.0e-6, description="Learning rate.")
+    lr: Positive | None = Field(default=None, description="Its peak learning rate; null = `optim.lr`.")
     clip: NonNegative = Field(default=0.2, description="Clip range of its loss.")
+    coefficient: Positive = Field(default=0.1, description="Weight of its loss, which gradient clipping sees.")
 
 
 class RewardModel(Section):
@@ -299,9 +300,9 @@ class Ppo(Section):
 
 
 class Dpo(Section):
-    """Settings of objective `dpo`."""
+    """Settings of objective `dpo`. Offline it learns from the pairs of `data.train`."""
 
-    beta: Positive | None = Field(default=None, description="null = `kl.beta`.")
+    beta: Positive | None = Field(default=None, description="How strongly the reference holds; null = `kl.beta`.")
     loss: Literal["sigmoid", "ipo", "robust"] = Field(default="sigmoid", description="Loss of a pair.")
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Share of labels taken to be wrong.")
     online: bool = Field(default=False, description="Pairs come from the policy's own completions.")

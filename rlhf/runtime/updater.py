@@ -89,7 +89,7 @@ class Updater:
         """Raises nothing on non-finite gradients: the step is skipped on all ranks and reported."""
         lr = self.learning_rate(optimizer_step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         losses: dict[str, Tensor] = {}
         work = [(term, self._count(term), self._cut(term)) for term in terms]
         collected = [Collected(len(term.batch), term.batch.completion_ids.shape[1]) for term in terms]

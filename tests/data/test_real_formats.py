@@ -290,7 +290,7 @@ def test_gsm8k() -> None:
         (
             {"prompt": "q"},
             to_preferences,
-            r"nothing to compare, which reward.*hh_rlhf \(chosen \+ rejected\).*text \(text",
+            r"nothing to compare, which reward and dpo.*hh_rlhf \(chosen \+ rejected\).*text \(text",
         ),
         (GSM, to_preferences, "gsm8k .* have nothing to compare"),
     ],

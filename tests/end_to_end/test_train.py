@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -126,7 +127,7 @@ def test_every_baseline_trains(recipe: str, sft: Path, baseline: str, estimator:
 
 def test_the_value_baseline_is_refused(recipe: str) -> None:
     """The one name of the schema that no run can use: else the list above would have to hold it."""
-    with pytest.raises(UserError, match="value needs a value model"):
+    with pytest.raises(UserError, match="value needs a critic"):
         rlhf.train(recipe, "reinforce.baseline=value")
 
 
@@ -245,7 +246,7 @@ def test_a_reward_function_of_trl_runs_as_it_is(recipe: str, sft: Path) -> None:
     assert all(row["reward/valid_rate"] == 1.0 for row in run.metrics)
 
 
-FAMILY = [name for name, entry in OBJECTIVES.items() if entry.program == "policy"]
+FAMILY = [name for name, entry in OBJECTIVES.items() if entry.program == "policy"]  # dpo has tests of its own
 
 
 @pytest.mark.parametrize("weights", [(), LORA], ids=["full", "lora"])
@@ -259,6 +260,65 @@ def test_one_word_swaps_the_objective(recipe: str, sft: Path, objective_name: st
     saved = load_recipe(str(run.path / "recipe.yaml"))
     assert all(getattr(saved.reinforce, key.partition(".")[2]) == value for key, value in pinned.items())
     assert objective(saved).name == objective_name
+
+
+def test_ppo_takes_several_steps_and_trains_a_critic(recipe: str, sft: Path) -> None:
+    """Resumed in the middle it ends as if it had never stopped, critic included; final/ is the policy alone."""
+    settings = ("objective=ppo", "ppo.epochs=2", "ppo.minibatches=2", "value.lr=1e-2")
+    assert rlhf.train(recipe, *settings) == ExitCode.DONE
+    run = Run(Path("runs") / "tiny-ppo")
+    assert_sound(run, sft)
+    first, second = run.metrics
+    assert 0 < first["policy/effective_sample_share"] < 1
+    assert second["value/squared_error"] != first["value/squared_error"]
+    assert not any("critic" in name for name in run.weights)
+    state = load_file(sorted((run.path / "checkpoints").iterdir())[-1] / "model.safetensors")
+    assert any(name.startswith("critic.") for name in state)
+    code = rlhf.train(recipe, *settings, "run.name=halved", "run.max_seconds=0.001")
+    assert code == ExitCode.PREEMPTED
+    assert rlhf.train(recipe, *settings, "run.name=halved") == ExitCode.DONE
+    halved = Run(Path("runs") / "halved-ppo").weights
+    assert all(torch.equal(value, halved[name]) for name, value in run.weights.items())
+
+
+def test_the_critic_starts_from_the_reward_model(recipe: str, sft: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = "data.train.0.path=rlhf.data.quickstart:preferences"
+    assert rlhf.train(recipe, "objective=reward", pairs, "run.name=judge", "run.steps=1") == ExitCode.DONE
+    judge = Path("runs") / "judge-reward" / "final"
+    capsys.readouterr()
+    settings = ("objective=ppo", f'reward.models=[{{path: "{judge}"}}]', "run.steps=1", "value.lr=1e-12")
+    assert rlhf.train(recipe, *settings) == ExitCode.DONE
+    assert "starts from the policy" not in capsys.readouterr().out
+    state = load_file(sorted((Path("runs") / "tiny-ppo" / "checkpoints").iterdir())[-1] / "model.safetensors")
+    head = load_file(judge / "model.safetensors")["score.weight"]
+    torch.testing.assert_close(state["critic.classifier.score.weight"], head, rtol=0, atol=1e-9)
+    assert rlhf.train(recipe, "objective=ppo", "run.steps=1", "run.name=alone") == ExitCode.DONE
+    assert "there is no reward model, so the value model starts from the policy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", [(), LORA], ids=["full", "lora"])
+def test_dpo_learns_from_the_pairs_of_the_data(recipe: str, sft: Path, weights: Sequence[str]) -> None:
+    """The same recipe, one word: its rows have pairs, and its reward judges held-out completions."""
+    rows = (
+        "data.train.0.path=rlhf.data.quickstart:preferences",
+        "data.eval.0.path=rlhf.data.quickstart:heldout_prompts",
+    )
+    assert rlhf.train(recipe, "objective=dpo", *rows, "eval.samples=4", *weights) == ExitCode.DONE
+    run = Run(Path("runs") / "tiny-dpo")
+    first, second = run.metrics
+    assert first["policy/loss"] == pytest.approx(math.log(2), abs=1e-6)  # at the reference every margin is 0
+    assert first["policy/pair_margin"] == first["policy/better_log_ratio"] == 0
+    assert second["policy/pair_margin"] != 0 and math.isfinite(second["policy/loss"])
+    phases = [json.loads(line).get("phase") for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    assert phases.count("before") == phases.count("after") == 4
+    assert (run.path / "report.html").is_file()
+
+
+def test_dpo_online_takes_its_pairs_from_its_own_rollouts(recipe: str, sft: Path) -> None:
+    assert rlhf.train(recipe, "objective=dpo", "dpo.online=true", "rollout.samples_per_prompt=3") == ExitCode.DONE
+    run = Run(Path("runs") / "tiny-dpo")
+    assert_sound(run, sft)
+    assert run.metrics[0]["completion/length_mean"] > 0  # it sampled
 
 
 def test_several_updates_of_one_rollout(recipe: str, sft: Path) -> None:

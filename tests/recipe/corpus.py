@@ -136,7 +136,7 @@ MEANING: dict[str, Broken] = {
     "no run": b(recipe(run=None), "run: is required"),
     "no name": b(recipe(run="run: {steps: 3}"), "run.name: is required", line=2),
     "misspelt objective": b(recipe(objective="objective: reinforse"), "did you mean reinforce?", line=1),
-    "objective of a later version": b(recipe(objective="objective: ppo"), "ppo is not in this version", line=1),
+    "objective of a later version": b(recipe(objective="objective: trpo"), "trpo is not in this version", line=1),
     "objective that is not there": b(recipe(objective='objective: "nowhere:Thing"'), "no module nowhere", line=1),
     "group of one": b(k("1"), "leave_one_out is made of the prompt's other completions", line=6),
     "shrinkage of one": b(k("1") + "reinforce: {baseline: shrinkage}\n", "baseline shrinkage is made of", line=6),
@@ -147,9 +147,15 @@ MEANING: dict[str, Broken] = {
     "weights that cancel": b(
         recipe(reward="reward: {models: [{path: model}, {path: model, weight: -1}]}"), "add up to 0", line=4
     ),
-    "value baseline": b(recipe(reinforce="reinforce: {baseline: value}"), "needs a value model", line=6),
+    "value baseline": b(recipe(reinforce="reinforce: {baseline: value}"), "value needs a critic", line=6),
     "mean of one": b(
         k("1") + "batch: {prompts_per_step: 1}\nreinforce: {baseline: batch_mean}\n", "every advantage is 0", line=8
+    ),
+    "a head on the policy": b(
+        recipe(objective="objective: ppo", value="value: {shared: true}"), "value.shared: a head on the policy", line=6
+    ),
+    "more parts than prompts": b(
+        recipe(objective="objective: ppo", ppo="ppo: {minibatches: 4096}"), "ppo.minibatches: 4096 parts of", line=6
     ),
     "a spread for every token": b(
         recipe(reinforce="reinforce: {baseline: optimal_token, divide_by: group_std}"), "another baseline", line=6

@@ -32,9 +32,9 @@ FORMATS = ("auto", "chat", *(entry.name for entry in TABLE))
 _LOOKED_AT = 1000  # rows, spread evenly: enough to know what most rows of a file are
 
 _USES: dict[Use, tuple[str, str]] = {
-    "prompts": ("no prompts", "sampling (reinforce)"),
+    "prompts": ("no prompts", "sampling (reinforce and its family)"),
     "demonstrations": ("no replies to imitate", "sft and data.instruction"),
-    "preferences": ("nothing to compare", "reward"),
+    "preferences": ("nothing to compare", "reward and dpo"),
 }
 
 
