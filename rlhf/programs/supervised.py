@@ -53,8 +53,9 @@ def train(run: SupervisedRun, state: TrainState) -> TrainState:
         tokens, rows = map(int, session.runtime.sum(size).tolist())
         state = state.after(step, updates=1, rows=rows, tokens=tokens)
         session.log(step, {**_metrics(run, batch, report), **clock.metrics(rows, tokens)})
-        if step == run.steps or (run.eval_every and step % run.eval_every == 0):
-            session.evaluated(step, run.evaluate(run.model))
+        due = step == run.steps or (run.eval_every and step % run.eval_every == 0)
+        if due and (found := run.evaluate(run.model)):
+            session.evaluated(step, found)
         if run.evaluation is not None:
             run.evaluation.maybe(run.model, step)
         session.guard.check(step, applied=report.applied)

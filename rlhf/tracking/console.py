@@ -23,6 +23,8 @@ KEY_METRICS = (  # shown in this order, at most SHOWN of those that a step has
     ("loss/sft", "loss"),
     ("loss/reward", "loss"),
     ("reward_model/accuracy", "accuracy"),
+    ("policy/pair_accuracy", "pair accuracy"),
+    ("policy/pair_margin", "margin"),
     ("eval/loss", "held-out loss"),
     ("eval/accuracy", "held-out accuracy"),
     ("eval/reward_mean", "held-out reward"),
