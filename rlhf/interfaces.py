@@ -83,7 +83,7 @@ class TrainState:
     """Everything that must survive a restart besides tensors of weights, optimizer and RNG. JSON-serialisable.
 
     step: rollouts (or supervised optimizer steps) finished. optimizer_step: updates applied. moving_average: baseline
-    of that name, None before its first use.
+    of that name, None before its first use. beta: the KL coefficient of the next step where it adapts.
     """
 
     step: int = 0
@@ -91,6 +91,7 @@ class TrainState:
     completions_seen: int = 0
     tokens_seen: int = 0
     moving_average: float | None = None
+    beta: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # an outside objective's own numbers
 
     def after(self, step: int, *, updates: int, rows: int, tokens: int) -> Self:

@@ -164,6 +164,7 @@ class Rollout(TokenBatch):
     rewards           [B] scores combined, clipped, missing-stop replacement applied; before KL; NaN where not valid
     greedy_rewards    [B] reward of the greedy completion of the row's prompt (ReMax)
     score_norms       [B, C] squared norm proxy of the token's score vector, 1 − 2π(y_t) + Σ_v π(v)²
+    beta              KL coefficient of this step where it adapts
     returns           [B, C] what the value model is fitted to
     baseline          [B] or [B, C], what ``prepare`` subtracted
     advantage_scale   [B] what advantages were multiplied with, where they were divided by a standard deviation
@@ -182,6 +183,7 @@ class Rollout(TokenBatch):
     rewards: Tensor | None = None
     greedy_rewards: Tensor | None = None
     score_norms: Tensor | None = None
+    beta: float | None = None
     returns: Tensor | None = None
     baseline: Tensor | None = None
     advantages: Tensor | None = None

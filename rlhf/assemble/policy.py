@@ -74,6 +74,8 @@ def ppo(recipe: Recipe) -> Ppo:
         value_clip=recipe.value.clip,
         value_coefficient=recipe.value.coefficient,
         passes=Passes(epochs=settings.epochs, minibatches=settings.minibatches),
+        target=recipe.kl.target,
+        whiten=settings.whiten_advantages,
         temperature=recipe.rollout.temperature,
     )
 

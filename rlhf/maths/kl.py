@@ -123,6 +123,14 @@ def exact_local_loss_sum(kl: Tensor, mask: Tensor, valid: Tensor, weight: Tensor
     return _weighted(masked_fill(kl, mask & valid[:, None]).sum(1), weight).sum()
 
 
+def adapted_beta(beta: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """β·(1 + gain·clip(KL/target − 1, ±0.2)): the coefficient of the next step (Ziegler et al. 2019, §2.2).
+
+    kl, target: nats a completion. At most ±2 % a step: tens of steps to double it.
+    """
+    return beta * (1 + gain * min(max(kl / target - 1, -0.2), 0.2))
+
+
 def _weighted(rows: Tensor, weight: Tensor | None) -> Tensor:
     return rows if weight is None else rows * weight.detach()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.interfaces import Collective, Need, Passes, StatsRequest, TokenStats, TrainState, Unit
-from rlhf.maths import losses, returns
+from rlhf.maths import kl, losses, returns
 from rlhf.rollout import Rollout, TokenBatch
 
 
@@ -22,6 +22,8 @@ class Ppo:
 
     clip: of the ratio π/π_old, a token. value_clip: of the critic's change. value_coefficient: weight of its loss; the
     weights are its own, so it matters beside gradient clipping only. passes: epochs over a rollout and their steps.
+    target: KL that beta is adapted toward, nats a completion (None: beta is fixed). whiten: advantages of the step are
+    shifted and scaled to mean 0 and variance 1 over its tokens.
     """
 
     beta: float = 0.05
@@ -31,6 +33,8 @@ class Ppo:
     value_clip: float = 0.2
     value_coefficient: float = 0.1
     passes: Passes = field(default_factory=lambda: Passes(epochs=2))
+    target: float | None = None
+    whiten: bool = False
     temperature: float = 1.0
     name: str = "ppo"
     needs: frozenset[Need] = frozenset({"scores", "reference", "old_logprobs", "values"})
@@ -45,19 +49,24 @@ class Ppo:
         return batch.valid.sum()
 
     def prepare(self, rollout: Rollout, state: TrainState, collective: Collective) -> tuple[Rollout, TrainState]:
-        """Advantages [B, C] and returns [B, C] of the policy that sampled. A completion's own rows suffice."""
+        """Advantages [B, C] and returns [B, C] of the policy that sampled, and the coefficient of the next step."""
         assert rollout.values is not None
-        advantages, targets = returns.gae(
-            self.token_rewards(rollout), rollout.values, rollout.completion_mask, self.gamma, self.lam
-        )
+        beta = self.beta if self.target is None or state.beta is None else state.beta
+        mask = rollout.completion_mask & rollout.valid[:, None]
+        rewards = self.token_rewards(rollout, beta)
+        advantages, targets = returns.gae(rewards, rollout.values, rollout.completion_mask, self.gamma, self.lam)
+        if self.whiten:
+            advantages = _whitened(advantages, mask, collective)
+        if self.target is not None:
+            next_beta = kl.adapted_beta(beta, _mean_kl(rollout, collective), self.target)
+            state, rollout = replace(state, beta=next_beta), replace(rollout, beta=beta)
         return replace(rollout, advantages=advantages, returns=targets), state
 
-    def token_rewards(self, rollout: Rollout) -> Tensor:
+    def token_rewards(self, rollout: Rollout, beta: float) -> Tensor:
         """[B, C]: −β·log π_old/π_ref of each token, plus the completion's reward on its last one."""
-        assert rollout.rewards is not None and rollout.old_logprobs is not None and rollout.ref_logprobs is not None
-        mask = rollout.completion_mask
-        found = -self.beta * torch.where(mask, rollout.old_logprobs - rollout.ref_logprobs, 0.0)
-        last = mask.sum(1) - 1
+        assert rollout.rewards is not None
+        found = -beta * _log_ratio(rollout)
+        last = rollout.completion_mask.sum(1) - 1
         rows = torch.nonzero(rollout.valid & (last >= 0))[:, 0]
         found[rows, last[rows]] += rollout.rewards[rows].to(found.dtype)
         return found
@@ -73,3 +82,24 @@ class Ppo:
         )
         value = losses.value_loss_sum(stats.values, batch.values, batch.returns, mask, self.value_clip, valid)
         return {"policy": policy, "value": self.value_coefficient * value}
+
+
+def _log_ratio(rollout: Rollout) -> Tensor:
+    assert rollout.old_logprobs is not None and rollout.ref_logprobs is not None
+    return torch.where(rollout.completion_mask, rollout.old_logprobs - rollout.ref_logprobs, 0.0)
+
+
+def _mean_kl(rollout: Rollout, collective: Collective) -> float:
+    """Nats a completion, over all processes."""
+    kept = torch.where(rollout.valid, _log_ratio(rollout).sum(1).double(), 0.0)
+    total, count = collective.sum(torch.stack([kept.sum(), rollout.valid.sum().double()])).tolist()
+    return float(total / count) if count else 0.0
+
+
+def _whitened(advantages: Tensor, mask: Tensor, collective: Collective) -> Tensor:
+    """(A − mean) / std over the counted tokens of all processes; see ``maths.baselines.whitened``."""
+    kept = torch.where(mask, advantages.double(), 0.0)
+    total, square, count = collective.sum(torch.stack([kept.sum(), kept.square().sum(), mask.sum().double()])).tolist()
+    mean = total / max(count, 1.0)
+    std = max((square - count * mean**2) / max(count - 1, 1.0), 0.0) ** 0.5
+    return torch.where(mask, (advantages - mean) / (std + 1e-8), 0.0)

@@ -73,6 +73,7 @@ def rollout_metrics(rollout: Rollout, stats: TokenStats, beta: float, collective
     assert rollout.rewards is not None
     valid, rows = rollout.valid, torch.ones_like(rollout.valid)
     mask = rollout.completion_mask & valid[:, None]
+    beta = beta if rollout.beta is None else rollout.beta
     kl = sequence_kl(rollout, stats)
     sums = {
         "reward/score_mean": _over(rollout.rewards, valid),
@@ -100,6 +101,8 @@ def rollout_metrics(rollout: Rollout, stats: TokenStats, beta: float, collective
     if "value/return_square" in means:
         spread = means.pop("value/return_square") - means["value/return_mean"] ** 2
         means["value/explained_variance"] = 1 - means["value/squared_error"] / spread if spread > 0 else float("nan")
+    if rollout.beta is not None:
+        means["kl/beta"] = rollout.beta
     means["reward/score_std"] = max(square - means["reward/score_mean"] ** 2, 0.0) ** 0.5
     return means
 

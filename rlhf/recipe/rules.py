@@ -269,8 +269,14 @@ def one_spread_divides_all_tokens(recipe: Recipe) -> Iterator[Problem]:
 
 @rule
 def kl_coefficient_is_fixed(recipe: Recipe) -> Iterator[Problem]:
-    if reads(recipe, "kl") and recipe.kl.target is not None:
-        yield Problem(("kl", "target"), "adapting beta to a target is not in this version; set kl.beta instead")
+    if not reads(recipe, "kl") or recipe.kl.target is None or is_dotted(recipe.objective):
+        return
+    if recipe.objective != "ppo":
+        yield Problem(
+            ("kl", "target"), f"adapting beta to a target is ppo's; {recipe.objective} keeps kl.beta: set null"
+        )
+    elif recipe.kl.beta == 0:
+        yield Problem(("kl", "beta"), "0 times anything stays 0: give kl.target a coefficient to start from")
 
 
 @rule

@@ -259,7 +259,7 @@ class Kl(Section):
     )
     loss_beta: NonNegative = Field(default=0.0, description="Coefficient of a second KL term, in the loss.")
     loss_estimator: Literal["k2", "exact_local", "k3"] = Field(default="k2", description="Its form.")
-    target: Positive | None = Field(default=None, description="Adapt beta toward this KL (nats); null = beta is fixed.")
+    target: Positive | None = Field(default=None, description="`ppo` adapts beta toward this KL (nats); null = fixed.")
 
 
 class Instruction(Section):
@@ -297,6 +297,7 @@ class Ppo(Section):
     gae_lambda: Probability = Field(default=0.95, description="λ of the advantage estimator.")
     epochs: Count = Field(default=2, description="Passes over a rollout.")
     minibatches: Count = Field(default=1, description="Optimizer steps of a pass.")
+    whiten_advantages: bool = Field(default=False, description="Mean 0 and variance 1 over the tokens of a step.")
 
 
 class Dpo(Section):

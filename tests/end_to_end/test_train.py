@@ -264,13 +264,14 @@ def test_one_word_swaps_the_objective(recipe: str, sft: Path, objective_name: st
 
 def test_ppo_takes_several_steps_and_trains_a_critic(recipe: str, sft: Path) -> None:
     """Resumed in the middle it ends as if it had never stopped, critic included; final/ is the policy alone."""
-    settings = ("objective=ppo", "ppo.epochs=2", "ppo.minibatches=2", "value.lr=1e-2")
+    settings = ("objective=ppo", "ppo.epochs=2", "ppo.minibatches=2", "ppo.whiten_advantages=true", "kl.target=3.0")
     assert rlhf.train(recipe, *settings) == ExitCode.DONE
     run = Run(Path("runs") / "tiny-ppo")
     assert_sound(run, sft)
     first, second = run.metrics
     assert 0 < first["policy/effective_sample_share"] < 1
     assert second["value/squared_error"] != first["value/squared_error"]
+    assert (first["kl/beta"], second["kl/beta"]) == (0.1, pytest.approx(0.098))  # the KL was 0, far below the target
     assert not any("critic" in name for name in run.weights)
     state = load_file(sorted((run.path / "checkpoints").iterdir())[-1] / "model.safetensors")
     assert any(name.startswith("critic.") for name in state)

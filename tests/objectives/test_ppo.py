@@ -35,7 +35,7 @@ def known(values: Tensor = ZERO, **more: Any) -> Rollout:
 
 
 def test_the_score_is_on_the_last_token_and_the_kl_on_all() -> None:
-    found = Ppo(beta=BETA).token_rewards(known())
+    found = Ppo(beta=BETA).token_rewards(known(), BETA)
     assert by_row(found, known()) == [[-0.5, -1 + 1], [-1 + 2], [0, -0.5, 6], [-2 + 10], [-0.5, -0.5 + 21]]
 
 
@@ -94,6 +94,33 @@ def test_it_is_reinforce_to_go_by_hand() -> None:
     assert by_row(-gradient, batch) == near(
         multipliers(Reinforce(beta=BETA, baseline="none", credit="to_go"), hand_made())
     )
+
+
+def test_whitened_advantages_by_hand() -> None:
+    """Over the nine tokens of all rows; a row without a score is in nobody's mean."""
+    objective = Ppo(beta=0.0, whiten=True, **PLAIN)
+    batch, _ = objective.prepare(without(known(), 1), TrainState(), Alone())
+    assert batch.advantages is not None
+    kept = torch.tensor([1.0] * 2 + [6.0] * 3 + [10.0] + [21.0] * 2)
+    expected = (kept - kept.mean()) / kept.std()
+    found = torch.tensor([a for row in by_row(batch.advantages, batch) for a in row])
+    assert found[2] == 0
+    torch.testing.assert_close(torch.cat([found[:2], found[3:]]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_coefficient_follows_the_kl() -> None:
+    """KL = (3 + 2 + 1 + 4 + 2)/5 = 2.4. Target 2: 2.4/2 − 1 = .2, so 2 % more; target 4: the clip, 2 % less."""
+    for target, factor in ((2.0, 1.02), (2.2, 1 + 0.1 * (2.4 / 2.2 - 1)), (4.0, 0.98)):
+        objective = Ppo(beta=BETA, target=target, **PLAIN)
+        first, state = objective.prepare(known(), TrainState(), Alone())
+        assert first.beta == BETA and state.beta == pytest.approx(BETA * factor, rel=1e-9)
+    second, state = objective.prepare(known(), state, Alone())
+    assert second.beta == pytest.approx(BETA * 0.98) and state.beta == pytest.approx(BETA * 0.98**2)
+    assert second.advantages is not None and first.advantages is not None
+    assert not torch.equal(second.advantages, first.advantages)  # charged with the new coefficient
+    assert TrainState.from_json(state.to_json()).beta == state.beta
+    fixed, state = Ppo(beta=BETA, **PLAIN).prepare(known(), TrainState(), Alone())
+    assert fixed.beta is None and state.beta is None
 
 
 # --- on a tiny Gemma -------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ MEANING: dict[str, Broken] = {
         recipe(reinforce="reinforce: {baseline: optimal_token, divide_by: group_std}"), "another baseline", line=6
     ),
     "best of one": b(k("1").replace("objective: reinforce", "objective: raft"), "every completion the best", line=6),
-    "adaptive KL": b(recipe(kl="kl: {target: 6.0}"), "kl.target: adapting beta", line=6),
+    "adaptive KL": b(recipe(kl="kl: {target: 6.0}"), "kl.target: adapting beta to a target is ppo's", line=6),
     "instruction without rows": b(
         recipe(instruction="instruction: {coefficient: 0.1}"), "add data.instruction", line=6
     ),
