@@ -11,6 +11,7 @@ import torch
 
 from rlhf.assemble import data, models, rewards
 from rlhf.assemble.job import Job
+from rlhf.errors import UserError
 from rlhf.interfaces import Passes, PolicyObjective
 from rlhf.locate import named_code
 from rlhf.models.chat import Dialogue, stop_ids
@@ -147,6 +148,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     scores = rewards.reward_set(recipe, runtime, steps=steps)
     judges = rewards.with_judges(recipe, runtime, scores, steps=steps)
     goal = objective(recipe)
+    _minibatches_have_prompts(goal, own)
     policy = ScoredModel(
         models.causal_lm(recipe, tokenizer),
         compute_dtype=models.compute_dtype(recipe),
@@ -177,6 +179,16 @@ def build(recipe: Recipe, session: Session) -> Job:
         samples_logged=recipe.tracking.samples,
     )
     return Job(train=partial(program.train, run), model=wrapped, optimizer=optimizer, tokenizer=tokenizer, steps=steps)
+
+
+def _minibatches_have_prompts(goal: PolicyObjective, own: slice) -> None:
+    """Every process deals its own prompts to the minibatches, and a group is never split."""
+    wanted, prompts = passes_of(goal).minibatches, own.stop - own.start
+    if wanted > prompts:
+        raise UserError(
+            f"ppo.minibatches={wanted}, and a process has {prompts} of the step's prompts: a minibatch would be empty; "
+            f"set ppo.minibatches={prompts}, or raise batch.prompts_per_step"
+        )
 
 
 def _say_where_the_judge_is_the_smaller(session: Session, rewards: RewardSet, policy: torch.nn.Module) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.errors import UserError
 from rlhf.interfaces import Alone, Passes, TokenStats, TrainState
 from rlhf.maths import losses
 from rlhf.models.critic import Critic
@@ -121,6 +122,15 @@ def test_the_coefficient_follows_the_kl() -> None:
     assert TrainState.from_json(state.to_json()).beta == state.beta
     fixed, state = Ppo(beta=BETA, **PLAIN).prepare(known(), TrainState(), Alone())
     assert fixed.beta is None and state.beta is None
+
+
+def test_a_process_has_a_prompt_for_every_minibatch() -> None:
+    from rlhf.assemble.policy import _minibatches_have_prompts
+
+    objective = Ppo(passes=Passes(minibatches=4))
+    _minibatches_have_prompts(objective, slice(4, 8))
+    with pytest.raises(UserError, match="a process has 3 of the step's prompts"):
+        _minibatches_have_prompts(objective, slice(0, 3))
 
 
 # --- on a tiny Gemma -------------------------------------------------------------------------------------------------
