@@ -19,6 +19,8 @@ in nobody's baseline and get 0. Statistics are taken in float64 and returned in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,8 +33,6 @@ from rlhf.maths.masking import (
     leave_one_out_sum,
     masked_fill,
     masked_mean,
-    masked_sum,
-    masked_var,
 )
 
 
@@ -205,11 +205,17 @@ def group_standardised(rewards: Tensor, group: Tensor, valid: Tensor, eps: float
     return masked_fill(centred / (group_std(rewards, group, valid) + eps), valid)
 
 
-def whitened(advantages: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+def whitened(
+    advantages: Tensor, mask: Tensor, eps: float = 1e-8, total: Callable[[Tensor], Tensor] = lambda own: own
+) -> Tensor:
     """(A − mean) / std over everything that counts (REINFORCE++, Hu 2025). [B] or [B, C] with a mask of that shape.
+
+    total: sums over processes, where each holds a part.
 
     One scale for the whole batch keeps the direction up to O(1/B); the scale itself is random.
     """
-    wide = advantages.detach().to(accumulator(advantages))
-    centred = wide - masked_sum(wide, mask) / mask.sum().clamp(min=1)
-    return masked_fill(centred / (masked_var(wide, mask).sqrt() + eps), mask).to(advantages.dtype)
+    wide = masked_fill(advantages.detach().to(accumulator(advantages)), mask)
+    count = total(mask.sum().to(wide.dtype))
+    centred = masked_fill(wide - total(wide.sum()) / count.clamp(min=1), mask)
+    std = (total(centred.square().sum()) / (count - 1).clamp(min=1)).sqrt()
+    return (centred / (std + eps)).to(advantages.dtype)

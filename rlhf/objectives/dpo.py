@@ -87,12 +87,12 @@ class Dpo:
         p = torch.sigmoid(difference) if self.labels == "soft" else torch.ones_like(difference)
         return p * (1 - self.smoothing) + (1 - p) * self.smoothing
 
-    def margins(self, stats: TokenStats, batch: TokenBatch, pairs: Labelled) -> Tensor:
-        """[P] nats: difference of the two completions' log π/π_ref, each a sum over tokens."""
+    def log_ratios(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        """[B] nats: log π/π_ref of each completion, a sum over tokens."""
         assert isinstance(batch, ReferencedPairs | Rollout) and batch.ref_logprobs is not None
-        log_ratio = torch.where(batch.completion_mask, stats.logprobs - batch.ref_logprobs, 0.0).sum(1)
-        return log_ratio[pairs.first] - log_ratio[pairs.second]
+        return torch.where(batch.completion_mask, stats.logprobs - batch.ref_logprobs, 0.0).sum(1)
 
     def loss_sum(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
-        pairs = self.pairs(batch)
-        return {"policy": losses.dpo_sum(self.margins(stats, batch, pairs), pairs.label, self.beta, self.loss)}
+        pairs, log_ratio = self.pairs(batch), self.log_ratios(stats, batch)
+        margin = log_ratio[pairs.first] - log_ratio[pairs.second]
+        return {"policy": losses.dpo_sum(margin, pairs.label, self.beta, self.loss)}

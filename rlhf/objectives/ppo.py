@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.interfaces import Collective, Need, Passes, StatsRequest, TokenStats, TrainState, Unit
-from rlhf.maths import kl, losses, returns
+from rlhf.maths import baselines, kl, losses, returns
 from rlhf.rollout import Rollout, TokenBatch
 
 
@@ -56,7 +56,7 @@ class Ppo:
         rewards = self.token_rewards(rollout, beta)
         advantages, targets = returns.gae(rewards, rollout.values, rollout.completion_mask, self.gamma, self.lam)
         if self.whiten:
-            advantages = _whitened(advantages, mask, collective)
+            advantages = baselines.whitened(advantages, mask, total=collective.sum)
         if self.target is not None:
             next_beta = kl.adapted_beta(beta, _mean_kl(rollout, collective), self.target)
             state, rollout = replace(state, beta=next_beta), replace(rollout, beta=beta)
@@ -94,12 +94,3 @@ def _mean_kl(rollout: Rollout, collective: Collective) -> float:
     kept = torch.where(rollout.valid, _log_ratio(rollout).sum(1).double(), 0.0)
     total, count = collective.sum(torch.stack([kept.sum(), rollout.valid.sum().double()])).tolist()
     return float(total / count) if count else 0.0
-
-
-def _whitened(advantages: Tensor, mask: Tensor, collective: Collective) -> Tensor:
-    """(A − mean) / std over the counted tokens of all processes; see ``maths.baselines.whitened``."""
-    kept = torch.where(mask, advantages.double(), 0.0)
-    total, square, count = collective.sum(torch.stack([kept.sum(), kept.square().sum(), mask.sum().double()])).tolist()
-    mean = total / max(count, 1.0)
-    std = max((square - count * mean**2) / max(count - 1, 1.0), 0.0) ** 0.5
-    return torch.where(mask, (advantages - mean) / (std + 1e-8), 0.0)

@@ -14,7 +14,7 @@ from rlhf.models.chat import Dialogue, render_completion, render_prompt
 from rlhf.models.layout import plain_rows
 from rlhf.models.policy import token_stats
 from rlhf.models.scalar import scalar_stats
-from rlhf.objectives.dpo import Dpo, ReferencedPairs
+from rlhf.objectives.dpo import Dpo
 from rlhf.objectives.supervised import DemonstrationBatch, PairBatch
 from rlhf.programs.measure import global_means
 from rlhf.programs.reward_figures import HeldOut, figures
@@ -59,17 +59,15 @@ def pair_metrics(batch: PairBatch, stats: TokenStats, runtime: Collective) -> di
 
 def preference_metrics(batch: TokenBatch, stats: TokenStats, objective: Dpo, runtime: Collective) -> dict[str, float]:
     """How far the policy has pulled the step's pairs apart before it: log π/π_ref, nats a completion."""
-    pairs = objective.pairs(batch)
-    margins = objective.margins(stats, batch, pairs)
-    assert isinstance(batch, ReferencedPairs)
-    log_ratio = torch.where(batch.completion_mask, stats.logprobs - batch.ref_logprobs, 0.0).sum(1)
-    count = torch.tensor(float(len(margins)), device=margins.device)
+    pairs, log_ratio = objective.pairs(batch), objective.log_ratios(stats, batch)
+    better, worse = log_ratio[pairs.first], log_ratio[pairs.second]
+    count = torch.tensor(float(len(better)), device=better.device)
     return global_means(
         {
-            "policy/pair_accuracy": ((margins > 0).sum(), count),
-            "policy/pair_margin": (margins.sum(), count),
-            "policy/better_log_ratio": (log_ratio[pairs.first].sum(), count),
-            "policy/worse_log_ratio": (log_ratio[pairs.second].sum(), count),
+            "policy/pair_accuracy": ((better > worse).sum(), count),
+            "policy/pair_margin": ((better - worse).sum(), count),
+            "policy/better_log_ratio": (better.sum(), count),
+            "policy/worse_log_ratio": (worse.sum(), count),
         },
         runtime,
     )

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from . import start
+
 RECIPE = """
 objective: reward
 run: {name: one, seed: 3, steps: 3}
@@ -44,16 +46,8 @@ def trained(folder: Path, name: str, config: str | None, *overrides: str) -> tup
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe and the language model it starts from."""
-    from rlhf.data import quickstart
-    from rlhf.models.scratch import build_causal_lm, build_config, train_tokenizer
-
     place = tmp_path_factory.mktemp("reward")
-    (place / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    texts = [turn["content"] for row in quickstart.demonstrations()[:200] for turn in row["messages"]]
-    tokenizer = train_tokenizer(texts, 512)
-    config = build_config("gemma", layers=1, hidden_size=32, heads=2, vocab_size=len(tokenizer))
-    build_causal_lm(config, seed=3).save_pretrained(place / "start")
-    tokenizer.save_pretrained(place / "start")
+    start.write(place, RECIPE)
     return place
 
 
