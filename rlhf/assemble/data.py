@@ -90,10 +90,19 @@ def train_and_eval(
         return rows, []
     held_out, report = load(recipe, recipe.data.eval, tokenizer)
     tell(note, "data.eval", report)
+    tell_overlap(note, rows, held_out)
+    return rows, held_out[: recipe.eval.samples]
+
+
+def tell_overlap(
+    note: Callable[[str], None],
+    rows: Sequence[Prompt | Demonstration | Preference],
+    held_out: Sequence[Prompt | Demonstration | Preference],
+) -> None:
+    """One line where held-out rows have a prompt that is trained on."""
     shared = overlap(rows, held_out)
     if shared is not None:
         note(f"data.eval: {shared.line()}")
-    return rows, held_out[: recipe.eval.samples]
 
 
 def tell(note: Callable[[str], None], key: str, report: data.LoadReport) -> None:

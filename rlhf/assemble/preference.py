@@ -33,6 +33,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     if recipe.data.eval and (judges.models or judges.functions):
         held_out, report = data.prompts(recipe, recipe.data.eval, tokenizer)
         data.tell(session.note, "data.eval", report)
+        data.tell_overlap(session.note, pairs, held_out)
     trained = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     anchor: Reference | None = models.frozen_reference(recipe, trained.causal_lm, runtime)
     wrapped, optimizer = distributed.prepare(runtime, trained, models.adamw(recipe, trained))

@@ -315,6 +315,12 @@ def test_dpo_learns_from_the_pairs_of_the_data(recipe: str, sft: Path, weights: 
     assert (run.path / "report.html").is_file()
 
 
+def test_dpo_says_when_its_held_out_prompts_are_trained_on(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"data.{part}.0.path=rlhf.data.quickstart:preferences" for part in ("train", "eval")]
+    assert rlhf.train(recipe, "objective=dpo", *rows, "eval.samples=2", "run.steps=1") == ExitCode.DONE
+    assert "have a prompt that is in data.train too" in capsys.readouterr().out
+
+
 def test_dpo_online_takes_its_pairs_from_its_own_rollouts(recipe: str, sft: Path) -> None:
     assert rlhf.train(recipe, "objective=dpo", "dpo.online=true", "rollout.samples_per_prompt=3") == ExitCode.DONE
     run = Run(Path("runs") / "tiny-dpo")
