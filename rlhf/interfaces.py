@@ -158,10 +158,14 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """How an objective uses a rollout: ``epochs`` times, each in ``minibatches`` optimizer steps of whole units."""
+    """How an objective uses a rollout: ``epochs`` times, each in ``minibatches`` optimizer steps of whole units.
+
+    stop_kl: no further epoch once KL(π_old‖π) exceeds it, nats a completion.
+    """
 
     epochs: int = 1
     minibatches: int = 1
+    stop_kl: float | None = None
 
     @property
     def updates(self) -> int:
@@ -169,7 +173,11 @@ class Passes:
 
 
 class PolicyObjective(Objective, Protocol):
-    """An objective of the policy loop. One that takes several optimizer steps a rollout has ``passes: Passes`` too."""
+    """An objective of the policy loop.
+
+    One that takes several optimizer steps a rollout has ``passes: Passes`` too; one with something to tell of each step
+    has ``diagnostics(stats, batch)`` → {metric: (sum, count)} on its process.
+    """
 
     def prepare(self, rollout: Rollout, state: TrainState, collective: Collective) -> tuple[Rollout, TrainState]:
         """Fills in baseline and advantages from the global batch; returns the state they leave behind."""

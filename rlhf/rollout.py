@@ -158,7 +158,8 @@ class Rollout(TokenBatch):
     finished          [B] bool: ended with a stop token or stop string
     rollout_logprobs  [B, C] nats, recorded by the sampler (behaviour policy)
     old_logprobs      [B, C] nats, trainer's policy at the start of the update
-    ref_logprobs      [B, C] nats, frozen reference
+    entropy           [B, C] nats, of the same policy; where a step is cut into minibatches
+    ref_logprobs      [B, C] nats, the reference
     values            [B, C] value model
     scores            source name → [B] raw score, NaN where the source could not score the row
     rewards           [B] scores combined, clipped, missing-stop replacement applied; before KL; NaN where not valid
@@ -177,6 +178,7 @@ class Rollout(TokenBatch):
     finished: Tensor
     rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict)

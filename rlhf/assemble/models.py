@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from rlhf.assemble.data import sources
 from rlhf.data import load as data
+from rlhf.errors import UserError
 from rlhf.models import load, scratch
-from rlhf.models.critic import Critic
+from rlhf.models.critic import Critic, ValueHead
 from rlhf.models.policy import ScoredModel
-from rlhf.models.reference import FrozenReference
+from rlhf.models.reference import FrozenReference, MovingReference
+from rlhf.objectives.presets import OBJECTIVES
 from rlhf.recipe import Recipe
-from rlhf.runtime import distributed
+from rlhf.runtime import distributed, step_size
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.microbatches import Cost, padded_tokens
 from rlhf.runtime.schedule import learning_rate_schedule
@@ -96,10 +99,12 @@ def adamw(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.optim.lr, eps=recipe.optim.eps, weight_decay=0.0)
 
 
-def critic(recipe: Recipe, tokenizer: Any, note: Callable[[str], None]) -> Critic:
+def critic(recipe: Recipe, tokenizer: Any, policy: nn.Module, note: Callable[[str], None]) -> nn.Module:
     """The value model: the reward model's weights where it reads the policy's tokens, else the policy's trunk and a new
-    head (``value.init: zeros``: one that says 0)."""
+    head (``value.init: zeros``: one that says 0); or a head on the policy itself."""
     path, settings = recipe.policy.path, recipe.value
+    if settings.shared:
+        return ValueHead(load.base_model(policy).config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
     if settings.init == "reward":
         judge = recipe.reward.models[0].path if recipe.reward.models else None
         if judge is not None and load.load_tokenizer(judge, what="reward model").get_vocab() == tokenizer.get_vocab():
@@ -116,15 +121,27 @@ def critic(recipe: Recipe, tokenizer: Any, note: Callable[[str], None]) -> Criti
     return Critic(model)
 
 
-def frozen_reference(recipe: Recipe, policy: nn.Module, runtime: Runtime) -> FrozenReference | None:
-    """Another checkpoint, or a copy of the policy as it is now; None where an adapter switched off will do."""
-    if recipe.reference.path is not None:
-        model = load.load_causal_lm(recipe.reference.path, attention=recipe.policy.attention, what="reference.path")
-    elif recipe.policy.lora is not None:
+def reference(recipe: Recipe, policy: ScoredModel, runtime: Runtime) -> FrozenReference | None:
+    """Another checkpoint, or a copy of the policy as it is now, which may follow it; None where an adapter switched off
+    will do.
+
+    Raises UserError for one that is to follow weights which every process holds a part of.
+    """
+    settings, dtype = recipe.reference, compute_dtype(recipe)
+    moves = settings.ema > 0 or settings.reset_steps is not None
+    if settings.path is not None:
+        model = load.load_causal_lm(settings.path, attention=recipe.policy.attention, what="reference.path")
+        model = _adapted(recipe, model, "CAUSAL_LM") if moves else model  # its weights have the policy's names
+    elif recipe.policy.lora is not None and not moves:
         return None
     else:
-        model = load.frozen_copy(policy)
-    return FrozenReference(ScoredModel(model, compute_dtype=compute_dtype(recipe)).to(runtime.device))
+        model = load.frozen_copy(policy.causal_lm)
+    scored = ScoredModel(model, compute_dtype=dtype).to(runtime.device)
+    if not moves:
+        return FrozenReference(scored)
+    if runtime.sharded:
+        raise UserError("reference.ema and reset_steps read whole weights, which ZeRO-3 shards: use ZeRO-2, or set 0")
+    return MovingReference(scored, policy, settings.ema if settings.ema > 0 else 1.0, settings.reset_steps)
 
 
 def updater(
@@ -136,8 +153,47 @@ def updater(
     steps: int,
     cost: Cost = padded_tokens,
 ) -> Updater:
-    """``steps``: the learning rate's horizon, in optimizer steps. ``cost``: what ``forward`` makes of a microbatch."""
+    """``steps``: the learning rate's horizon, in optimizer steps. ``cost``: what ``forward`` makes of a microbatch.
+
+    Raises UserError where steps are to be measured and cannot be: weights in shards, or no memory for copies of them.
+    """
     optim = recipe.optim
     schedule = learning_rate_schedule(optim.lr, optim.schedule, total_steps=steps, warmup_ratio=optim.warmup_ratio)
     budget = recipe.batch.microbatch_tokens
-    return Updater(runtime, model, optimizer, schedule, forward, budget, optim.max_grad_norm, cost)
+    plain = Updater(runtime, model, optimizer, schedule, forward, budget, optim.max_grad_norm, cost)
+    trust, limit = trust_region(recipe), optim.kl_step_limit
+    if not trust and limit is None:
+        return plain
+    policy = cast(ScoredModel, distributed.unwrap(model))
+    if trust:
+        step_size.refuse_lack_of_memory(policy, runtime)
+    before = step_size.Before.of(runtime, model, policy, budget)
+    if limit is not None:
+        return replace(plain, limit=step_size.KlLimit(before, limit))
+    settings = recipe.trpo
+    known = {item.name: getattr(plain, item.name) for item in fields(plain)}
+    return step_size.TrustRegion(
+        **known,
+        before=before,
+        max_kl=settings.max_kl,
+        damping=settings.damping,
+        iterations=settings.iterations,
+        backtracks=settings.backtracks,
+    )
+
+
+def trust_region(recipe: Recipe) -> bool:
+    """Whether the objective's steps are TRPO's."""
+    chosen = OBJECTIVES.get(recipe.objective)
+    return chosen is not None and chosen.trust_region
+
+
+def refuse_unmeasurable_steps(recipe: Recipe, runtime: Runtime) -> None:
+    """Before anything is loaded: raises UserError where steps are to be measured and never can be."""
+    if trust_region(recipe) or recipe.optim.kl_step_limit is not None:
+        step_size.refuse_shards(runtime)
+    if trust_region(recipe) and compute_dtype(recipe) != torch.float32:
+        raise UserError(
+            "policy.compute_dtype: auto means bfloat16 on this hardware, and trpo takes differences of gradients, "
+            "which its 8 bits round away; set float32"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -12,16 +12,12 @@ import torch
 from rlhf.assemble import data, models, rewards
 from rlhf.assemble.job import Job
 from rlhf.errors import UserError
-from rlhf.interfaces import Passes, PolicyObjective
+from rlhf.interfaces import PolicyObjective
 from rlhf.locate import named_code
 from rlhf.models.chat import Dialogue, stop_ids
 from rlhf.models.policy import ScoredModel
-from rlhf.models.reference import AdapterOffReference, Reference
-from rlhf.objectives.dpo import Dpo
-from rlhf.objectives.ppo import Ppo
-from rlhf.objectives.presets import OBJECTIVES
-from rlhf.objectives.raft import Raft
-from rlhf.objectives.reinforce import Reinforce
+from rlhf.models.reference import AdapterOffReference, MovingReference, Reference
+from rlhf.objectives.presets import preset
 from rlhf.objectives.supervised import Demonstrations
 from rlhf.programs import policy as program
 from rlhf.programs import streams
@@ -39,57 +35,19 @@ from rlhf.sampling.hf import HFSampler
 
 
 def objective(recipe: Recipe) -> PolicyObjective:
-    """The policy objective: one of ours, or ``package.module:Class``, which is given the resolved recipe."""
-    if recipe.objective == "dpo":
-        return dpo(recipe)
-    if recipe.objective == "ppo":
-        return ppo(recipe)
-    if recipe.objective == "raft":
-        return Raft(beta=recipe.kl.beta, temperature=recipe.rollout.temperature)
-    if recipe.objective in OBJECTIVES:
-        return Reinforce(
-            name=recipe.objective,
-            beta=recipe.kl.beta,
-            estimator=recipe.kl.estimator,
-            credit=recipe.kl.credit,
-            baseline=recipe.reinforce.baseline,
-            loss_beta=recipe.kl.loss_beta,
-            loss_estimator=recipe.kl.loss_estimator,
-            temperature=recipe.rollout.temperature,
-            skip_zero_variance=recipe.reinforce.skip_zero_variance,
-            divide_by=recipe.reinforce.divide_by,
-            average=recipe.reinforce.average,
-            updates_per_rollout=recipe.reinforce.updates_per_rollout,
-            importance_cap=recipe.reinforce.importance_cap,
-        )
-    return cast(PolicyObjective, named_code(recipe.objective, "objective")(recipe))
+    """What the table says; ``package.module:Class`` from outside is given the resolved recipe."""
+    chosen = preset(recipe.objective)
+    make = named_code(chosen.target, "objective")
+    if chosen.settings is None:
+        return cast(PolicyObjective, make(recipe))
+    fields = {field: _first(recipe, keys) for field, keys in chosen.settings.items()}
+    return cast(PolicyObjective, make(name=recipe.objective, **fields))
 
 
-def ppo(recipe: Recipe) -> Ppo:
-    settings = recipe.ppo
-    return Ppo(
-        beta=recipe.kl.beta,
-        clip=settings.clip,
-        gamma=settings.gamma,
-        lam=settings.gae_lambda,
-        value_clip=recipe.value.clip,
-        value_coefficient=recipe.value.coefficient,
-        passes=Passes(epochs=settings.epochs, minibatches=settings.minibatches),
-        target=recipe.kl.target,
-        whiten=settings.whiten_advantages,
-        temperature=recipe.rollout.temperature,
-    )
-
-
-def dpo(recipe: Recipe) -> Dpo:
-    """Of pairs from the data, or from the policy's own rollouts."""
-    settings = recipe.dpo
-    return Dpo(
-        beta=settings.beta or recipe.kl.beta,
-        loss=settings.loss,
-        smoothing=settings.label_smoothing,
-        labels=settings.labels,
-    )
+def _first(recipe: Recipe, keys: Sequence[str]) -> Any:
+    """The first of these dotted keys that is not null."""
+    found = (reduce(getattr, key.split("."), recipe) for key in keys)
+    return next((value for value in found if value is not None), None)
 
 
 def sampler(
@@ -140,6 +98,7 @@ def evaluation(
 def build(recipe: Recipe, session: Session) -> Job:
     """Data first, models after it: nothing is loaded for a run that cannot start."""
     runtime = session.runtime
+    models.refuse_unmeasurable_steps(recipe, runtime)
     own = runtime.share(recipe.batch.prompts_per_step, "prompts")
     tokenizer = models.tokenizer_of(recipe)
     train_prompts, held_out = data.train_and_eval(data.prompts, recipe, session.note, tokenizer)
@@ -149,15 +108,18 @@ def build(recipe: Recipe, session: Session) -> Job:
     judges = rewards.with_judges(recipe, runtime, scores, steps=steps)
     goal = objective(recipe)
     _minibatches_have_prompts(goal, own)
+    lm = models.causal_lm(recipe, tokenizer)
     policy = ScoredModel(
-        models.causal_lm(recipe, tokenizer),
+        lm,
         compute_dtype=models.compute_dtype(recipe),
-        critic=models.critic(recipe, tokenizer, session.note) if "values" in goal.needs else None,
+        critic=models.critic(recipe, tokenizer, lm, session.note) if "values" in goal.needs else None,
     )
     _say_where_the_judge_is_the_smaller(session, scores, policy)
-    anchor: Reference | None = models.frozen_reference(recipe, policy.causal_lm, runtime)
+    anchor: Reference | None = models.reference(recipe, policy, runtime)
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
     anchor = anchor or AdapterOffReference(wrapped, policy)
+    if isinstance(anchor, MovingReference):
+        session.kept["reference"] = anchor.moving()
     settings = recipe.rollout
     run = program.PolicyRun(
         session=session,

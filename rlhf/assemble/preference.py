@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import cast
 
 from rlhf.assemble import data, models, policy, rewards
 from rlhf.assemble.job import Job
 from rlhf.assemble.supervised import epochs
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import AdapterOffReference, Reference
+from rlhf.objectives.dpo import Dpo
 from rlhf.programs import scoring, streams
 from rlhf.programs import supervised as program
 from rlhf.programs.session import Session
@@ -22,6 +24,7 @@ from rlhf.runtime.updater import PolicyForward
 def build(recipe: Recipe, session: Session) -> Job:
     """Pairs of ``data.train``; prompts of ``data.eval``, where there is a reward to judge completions with."""
     runtime, size = session.runtime, recipe.batch.prompts_per_step
+    models.refuse_unmeasurable_steps(recipe, runtime)
     own = runtime.share(size, "prompts")
     tokenizer = models.tokenizer_of(recipe)
     pairs, report = data.preferences(recipe, recipe.data.train, tokenizer)
@@ -35,10 +38,10 @@ def build(recipe: Recipe, session: Session) -> Job:
         data.tell(session.note, "data.eval", report)
         data.tell_overlap(session.note, pairs, held_out)
     trained = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
-    anchor: Reference | None = models.frozen_reference(recipe, trained.causal_lm, runtime)
+    anchor: Reference | None = models.reference(recipe, trained, runtime)
     wrapped, optimizer = distributed.prepare(runtime, trained, models.adamw(recipe, trained))
     anchor = anchor or AdapterOffReference(wrapped, trained)
-    objective, budget = policy.dpo(recipe), recipe.batch.microbatch_tokens
+    objective, budget = cast(Dpo, policy.objective(recipe)), recipe.batch.microbatch_tokens
     run = program.SupervisedRun(
         session=session,
         model=wrapped,

@@ -206,16 +206,23 @@ def group_standardised(rewards: Tensor, group: Tensor, valid: Tensor, eps: float
 
 
 def whitened(
-    advantages: Tensor, mask: Tensor, eps: float = 1e-8, total: Callable[[Tensor], Tensor] = lambda own: own
+    advantages: Tensor,
+    mask: Tensor,
+    eps: float = 1e-8,
+    total: Callable[[Tensor], Tensor] = lambda own: own,
+    keep_mean: bool = False,
 ) -> Tensor:
     """(A − mean) / std over everything that counts (REINFORCE++, Hu 2025). [B] or [B, C] with a mask of that shape.
 
-    total: sums over processes, where each holds a part.
+    total: sums over processes, where each holds a part. keep_mean: the mean is added again (reward whitening of Ziegler
+    et al. 2019): only the spread changes.
 
     One scale for the whole batch keeps the direction up to O(1/B); the scale itself is random.
     """
     wide = masked_fill(advantages.detach().to(accumulator(advantages)), mask)
     count = total(mask.sum().to(wide.dtype))
-    centred = masked_fill(wide - total(wide.sum()) / count.clamp(min=1), mask)
+    mean = total(wide.sum()) / count.clamp(min=1)
+    centred = masked_fill(wide - mean, mask)
     std = (total(centred.square().sum()) / (count - 1).clamp(min=1)).sqrt()
-    return (centred / (std + eps)).to(advantages.dtype)
+    scaled = centred / (std + eps)
+    return (masked_fill(scaled + mean, mask) if keep_mean else scaled).to(advantages.dtype)

@@ -57,17 +57,25 @@ def clipped_surrogate_sum(
 
 
 def sequence_importance_weights(
-    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, valid: Tensor, cap: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    valid: Tensor,
+    cap: float,
+    beyond: Literal["truncate", "mask"] = "truncate",
 ) -> tuple[Tensor, Tensor]:
-    """min(π(y|x)/π_old(y|x), cap) per completion, detached. [B, C], [B, C] → ([B], number of truncated rows).
+    """min(π(y|x)/π_old(y|x), cap) per completion, detached. [B, C], [B, C] → ([B], number of rows beyond the cap).
 
     For more than one update per rollout: the ratio is that of whole completions, a product over tokens; its per-token
-    form corrects the wrong distribution. Truncation (Ionides 2008) trades a bias for bounded variance. 0 where invalid.
+    form corrects the wrong distribution. Truncation (Ionides 2008) trades a bias for bounded variance; ``mask`` gives
+    rows beyond the cap the weight 0. 0 where invalid.
     """
     counted = mask & valid[:, None]
     log_ratio = masked_fill(logprobs.detach(), counted) - masked_fill(old_logprobs.detach(), counted)
     ratio = log_ratio.sum(1).exp()
-    return masked_fill(ratio.clamp(max=cap), valid), ((ratio > cap) & valid).sum()
+    cut = ratio > cap
+    weight = torch.where(cut, 0.0, ratio) if beyond == "mask" else ratio.clamp(max=cap)
+    return masked_fill(weight, valid), (cut & valid).sum()
 
 
 def value_loss_sum(

@@ -1,4 +1,4 @@
-"""``Critic``: V(x, y_<t) at every completion position, by a trunk of its own with a scalar head."""
+"""V(x, y_<t) at every completion position: by a trunk of its own with a scalar head, or by a head on the policy's."""
 
 from __future__ import annotations
 
@@ -22,10 +22,33 @@ class Critic(nn.Module):
         self.classifier = classifier
         switch_off_dropout(self)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, source: Tensor) -> Tensor:
-        """[n] values at the flat positions ``source``: what is expected before the token there is written."""
+    def forward(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        source: Tensor,
+    ) -> Tensor:
+        """[n] values at the flat positions ``source``: what is expected before the token there is written. hidden: the
+        policy's states there, which this critic does not look at."""
         model = cast(Any, base_model(self.classifier))
         decoder = getattr(model, model.base_model_prefix)
         output = decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
         values: Tensor = model.score(output.last_hidden_state.flatten(0, 1)[source]).squeeze(-1)
+        return values if values.dtype == torch.float64 else values.float()
+
+
+class ValueHead(nn.Module):
+    """A linear head on the policy's own final states, 0 at the start. Cheap, and its loss shapes the policy's trunk."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor, *rows: Tensor | None) -> Tensor:
+        """[n, H] → [n]."""
+        values: Tensor = self.linear(hidden).squeeze(-1)
         return values if values.dtype == torch.float64 else values.float()

@@ -113,8 +113,11 @@ def load_classifier(path: str, seed: int, *, attention: str = "auto") -> nn.Modu
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy that never trains: the reference of a policy that starts as itself."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    """A copy that never trains: the reference of a policy that starts as itself. Weights that the model does not train
+    (below an adapter) are shared with it, not copied; where all are frozen already they are copied."""
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad} if trained else {}
+    return copy.deepcopy(model, shared).requires_grad_(False).eval()
 
 
 def add_lora(

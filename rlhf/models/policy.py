@@ -18,7 +18,7 @@ class ScoredModel(nn.Module):
     """The only module handed to accelerate. Call it (never a submodule) so that DDP and ZeRO see every forward.
 
     causal_lm: a transformers causal LM, or a PeftModel around one. Its ``lm_head`` is replaced by a ``ChunkedHead``.
-    compute_dtype: autocast type of the forward; float32 and float64 run as they are. critic: a ``models.critic.Critic``
+    compute_dtype: autocast type of the forward; float32 and float64 run as they are. critic: one of ``models.critic``
     where the objective asks for values; it is trained and checkpointed with the policy and no part of ``causal_lm``.
     """
 
@@ -90,7 +90,7 @@ class ScoredModel(nn.Module):
             found = {name: value for name, value in stats._asdict().items() if value is not None}
             if request.values:
                 assert self.critic is not None, "values were asked of a policy without a critic"
-                found["values"] = self.critic(input_ids, attention_mask, position_ids, source)
+                found["values"] = self.critic(hidden, input_ids, attention_mask, position_ids, source)
         return found
 
 

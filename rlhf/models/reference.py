@@ -1,4 +1,4 @@
-"""The frozen reference: a model of its own, or the policy with its adapter switched off."""
+"""The reference: a frozen model of its own, the policy with its adapter switched off, or a follower of the policy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.interfaces import StatsRequest, TokenStats
 from rlhf.models.head import ChunkedHead, ReferenceStates
@@ -22,6 +22,9 @@ class Reference(Protocol):
 
     def states(self, rows: Rows) -> ReferenceStates:
         """Hidden states and head: the reference's whole distribution, for the exact KL."""
+
+    def follow(self, step: int) -> None:
+        """Called after the updates of each step; a reference that stands still does nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,36 @@ class FrozenReference:
 
     def states(self, rows: Rows) -> ReferenceStates:
         return reference_states(self.model, rows, self.model.head)
+
+    def follow(self, step: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class MovingReference(FrozenReference):
+    """A reference that follows the policy: w_ref ← decay·w_ref + (1 − decay)·w after each step (the EMA anchor of WARP,
+    Ramé et al. 2024), or w_ref ← w every so many steps.
+
+    policy: the ``ScoredModel`` that is trained, its weights whole on this process; those that are not trained (below an
+    adapter) stay where they are. The penalty then prices the way since then, no longer the distance from the start.
+    """
+
+    policy: ScoredModel
+    decay: float = 1.0
+    every_steps: int | None = None
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        renew = self.every_steps is not None and step % self.every_steps == 0
+        decay = 0.0 if renew else self.decay
+        if decay < 1:
+            for name, own in self.moving().items():
+                own.lerp_(self.policy.causal_lm.get_parameter(name).to(own.dtype), 1 - decay)
+
+    def moving(self) -> dict[str, Tensor]:
+        """The weights that move, by the policy's names: what a checkpoint must hold of it."""
+        own = dict(self.model.causal_lm.named_parameters())
+        return {name: own[name] for name, p in self.policy.causal_lm.named_parameters() if p.requires_grad}
 
 
 @dataclass(frozen=True)
@@ -59,6 +92,9 @@ class AdapterOffReference:
     def states(self, rows: Rows) -> ReferenceStates:
         with self._adapter_off():
             return reference_states(self.wrapped, rows, self._head())
+
+    def follow(self, step: int) -> None:
+        pass
 
     def _head(self) -> ChunkedHead:
         return self.policy.head

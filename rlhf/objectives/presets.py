@@ -21,9 +21,10 @@ class Preset:
     """One objective.
 
     target: ``module:Class``. formula: what it does to the weights, one line. needs: rows and models it cannot do
-    without, in words. program: the loop that runs it. sections: the recipe sections that it reads (None: any). pins:
-    dotted recipe keys that the name stands for, whatever the recipe says. source: paper. bias: what it is known to
-    distort, empty where the gradient is unbiased.
+    without, in words. program: the loop that runs it. sections: the recipe sections that it reads (None: any).
+    settings: field of the class → recipe keys of which the first that is not null fills it (None: the class is given
+    the recipe). pins: dotted recipe keys that the name stands for, whatever the recipe says. source: paper. bias: what
+    it is known to distort, empty where the gradient is unbiased. trust_region: steps are taken by ``TrustRegion``.
     """
 
     target: str
@@ -31,12 +32,36 @@ class Preset:
     needs: tuple[str, ...]
     program: Program
     sections: frozenset[str] | None
+    settings: Mapping[str, tuple[str, ...]] | None = None
     pins: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     bias: str = ""
+    trust_region: bool = False
+
+
+def _keys(*same: str, **renamed: str) -> Mapping[str, tuple[str, ...]]:
+    """Fields named like their key (``reinforce.baseline``), and ``field="first.key or.else"``."""
+    return MappingProxyType(
+        {key.rpartition(".")[2]: (key,) for key in same}
+        | {field: tuple(keys.split()) for field, keys in renamed.items()}
+    )
 
 
 _SAMPLED = ("prompts", "a reward model or a reward function", "a reference")
+
+
+_REINFORCE = _keys(
+    *("kl.beta", "kl.estimator", "kl.credit", "kl.loss_beta", "kl.loss_estimator", "rollout.temperature"),
+    *("reinforce.baseline", "reinforce.divide_by", "reinforce.average", "reinforce.skip_zero_variance"),
+    *("reinforce.updates_per_rollout", "reinforce.importance_cap", "reinforce.importance"),
+)
+_PPO = _keys(
+    *("kl.beta", "kl.target", "rollout.temperature", "value.warmup_steps"),
+    *("ppo.clip", "ppo.gamma", "ppo.gae_lambda", "ppo.epochs", "ppo.minibatches", "ppo.stop_kl"),
+    *("ppo.whiten_rewards", "ppo.whiten_advantages"),
+    value_clip="value.clip",
+    value_coefficient="value.coefficient",
+)
 
 
 def _reinforce(formula: str, source: str, bias: str = "", **pins: Any) -> Preset:
@@ -47,12 +72,14 @@ def _reinforce(formula: str, source: str, bias: str = "", **pins: Any) -> Preset
         needs=_SAMPLED,
         program="policy",
         sections=frozenset({*POLICY_SECTIONS, "reinforce"}),
+        settings=_REINFORCE,
         pins=MappingProxyType({f"reinforce.{key}": value for key, value in pins.items()}),
         source=source,
         bias=bias,
     )
 
 
+_ACTOR_CRITIC = frozenset({*POLICY_SECTIONS, "ppo", "value"} - {"instruction"})
 _UNBIASED: Mapping[str, Any] = MappingProxyType({"divide_by": "none", "average": "completions"})
 _OWN_MEAN = "the mean holds the completion's own reward: (1 − 1/k) times the gradient"
 _BY_GROUP = "each prompt's gradient is divided by its own random spread, which turns the mean gradient (cosine .88)"
@@ -109,9 +136,30 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
             formula="maximise E[min(ρ·A, clip(ρ, 1 ± ε)·A)], ρ = π/π_old a token, A = GAE(γ, λ) of r − β·log π/π_ref",
             needs=(*_SAMPLED, "a value model, made of the reward model unless value.init says otherwise"),
             program="policy",
-            sections=frozenset({*POLICY_SECTIONS, "ppo", "value"} - {"instruction"}),
+            sections=_ACTOR_CRITIC,
+            settings=_PPO,
             source="Schulman et al. 2017; Ziegler et al. 2019",
             bias="λ < 1 trusts the value model; clipping and token ratios bias every step after the first",
+        ),
+        "a2c": Preset(
+            target="rlhf.objectives.ppo:Ppo",
+            formula="reinforce with b = V(x, y_<t), learned:  A_t = r − β·Σ_{u≥t} log π/π_ref(y_u) − V(x, y_<t)",
+            needs=(*_SAMPLED, "a value model, made of the reward model unless value.init says otherwise"),
+            program="policy",
+            sections=_ACTOR_CRITIC,
+            settings=_PPO,
+            pins=MappingProxyType({"ppo.gamma": 1.0, "ppo.gae_lambda": 1.0, "ppo.epochs": 1, "ppo.minibatches": 1}),
+            source="Williams 1992; Sutton et al. 2000; Mnih et al. 2016",
+        ),
+        "trpo": Preset(
+            target="rlhf.objectives.reinforce:Reinforce",
+            formula="reinforce's gradient g, stepped along (F + λI)⁻¹g as far as KL(π_new‖π_old) ≤ trpo.max_kl",
+            needs=(*_SAMPLED, "memory for seven copies of the trained weights (policy.lora makes them small)"),
+            program="policy",
+            sections=frozenset({*POLICY_SECTIONS, "reinforce", "trpo"}),
+            settings=_REINFORCE,
+            source="Schulman et al. 2015; Kakade 2001",
+            trust_region=True,
         ),
         "dpo": Preset(
             target="rlhf.objectives.dpo:Dpo",
@@ -119,6 +167,7 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
             needs=("pairs of a better and a worse completion; or prompts and a reward, with dpo.online", "a reference"),
             program="preference",
             sections=frozenset({*POLICY_SECTIONS, "dpo"} - {"instruction"}),
+            settings=_keys("dpo.loss", "dpo.labels", beta="dpo.beta kl.beta", smoothing="dpo.label_smoothing"),
             source="Rafailov et al. 2023",
             bias="offline: its optimum is that of the pairs' annotators, where the pairs reach; kl.beta stands for β",
         ),
@@ -128,6 +177,7 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
             needs=_SAMPLED,
             program="policy",
             sections=frozenset(POLICY_SECTIONS),
+            settings=_keys("kl.beta", "rollout.temperature"),
             source="Dong et al. 2023",
             bias="imitates the best of k; no policy gradient: how far the others fell behind does not count",
         ),
@@ -149,7 +199,7 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
 )
 
 # Names that people know and that this version refuses by name, instead of guessing at a near one.
-NOT_IN_THIS_VERSION = frozenset(("a2c", "trpo", "kto", "simpo"))
+NOT_IN_THIS_VERSION = frozenset(("kto", "simpo"))
 
 
 def is_dotted(name: str) -> bool:

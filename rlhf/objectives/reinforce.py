@@ -51,7 +51,8 @@ class Reinforce:
     average: what the loss is a mean over: completions (log π a sum over tokens), all tokens, or completions with log π
     a mean over the completion's own tokens (biased, see ``maths.losses.length_normalised``).
     updates_per_rollout: more than one makes later updates off-policy; rows are then weighted by the ratio of whole
-    completions, at most importance_cap, with advantages and KL from the current policy and the baseline kept.
+    completions, at most importance_cap (``mask``: 0 beyond it), with advantages and KL from the current policy and the
+    baseline kept.
     skip_zero_variance: groups whose rewards are all equal leave the step (Yu et al. 2025, §3.2, without sampling anew);
     with a KL penalty that biases it toward prompts whose completions differ.
     """
@@ -68,6 +69,7 @@ class Reinforce:
     average: Average = "completions"
     updates_per_rollout: int = 1
     importance_cap: float = 5.0
+    importance: Literal["truncate", "mask"] = "truncate"
     name: str = "reinforce"
     unit: Unit = "group"
 
@@ -211,14 +213,22 @@ class Reinforce:
         """[B]: the importance weight of each completion over its length, as far as the settings ask for them."""
         weight = None
         if self.updates_per_rollout > 1:
-            assert batch.old_logprobs is not None
-            weight, _ = losses.sequence_importance_weights(
-                stats.logprobs, batch.old_logprobs, batch.completion_mask, batch.valid, self.importance_cap
-            )
+            weight, _ = self._importance(stats, batch)
         if self.average == "completion_tokens":
             even = torch.ones_like(stats.logprobs[:, 0]) if weight is None else weight
             weight = losses.length_normalised(even, batch.completion_mask)
         return weight
+
+    def _importance(self, stats: TokenStats, batch: Rollout) -> tuple[Tensor, Tensor]:
+        assert batch.old_logprobs is not None
+        mask, old, cap = batch.completion_mask, batch.old_logprobs, self.importance_cap
+        return losses.sequence_importance_weights(stats.logprobs, old, mask, batch.valid, cap, self.importance)
+
+    def diagnostics(self, stats: TokenStats, batch: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
+        """Share of completions whose importance weight was cut."""
+        if self.updates_per_rollout == 1:
+            return {}
+        return {"policy/importance_cut_rate": (self._importance(stats, batch)[1], batch.valid.sum())}
 
     def _kl_advantage(self, stats: TokenStats, batch: Rollout) -> Tensor:
         """[B, C] nats: the KL that a token is charged with, centred on its group where the baseline allows."""

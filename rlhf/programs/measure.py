@@ -127,6 +127,7 @@ def update_metrics(report: UpdateReport, max_grad_norm: float | None) -> dict[st
         "optim/clip_fraction": float(clipped),
         "optim/lr": report.lr,
         "optim/skipped": float(not report.applied),
+        **report.measured,
     }
 
 

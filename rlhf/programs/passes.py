@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,17 +29,25 @@ def passes_of(objective: PolicyObjective) -> Passes:
     return found
 
 
-def parts(rollout: Rollout, passes: Passes, step: int) -> Iterator[Rollout]:
-    """The rollout of each optimizer step in turn: whole groups, dealt anew each epoch as a function of the step."""
-    for epoch in range(passes.epochs):
-        if passes.minibatches == 1:
-            yield rollout
-            continue
-        groups = sorted(set(rollout.group.tolist()))
-        order = epoch_permutation(len(groups), step, epoch)
-        for first in range(passes.minibatches):
-            chosen = torch.tensor([groups[i] for i in order[first :: passes.minibatches]], device=rollout.group.device)
-            yield rollout.select(torch.nonzero(torch.isin(rollout.group, chosen))[:, 0])
+def parts(rollout: Rollout, passes: Passes, step: int, epoch: int) -> Iterator[Rollout]:
+    """The rollout of each optimizer step of an epoch: whole groups, dealt anew as a function of step and epoch."""
+    if passes.minibatches == 1:
+        yield rollout
+        return
+    groups = sorted(set(rollout.group.tolist()))
+    order = epoch_permutation(len(groups), step, epoch)
+    for first in range(passes.minibatches):
+        chosen = torch.tensor([groups[i] for i in order[first :: passes.minibatches]], device=rollout.group.device)
+        yield rollout.select(torch.nonzero(torch.isin(rollout.group, chosen))[:, 0])
+
+
+def drift(rollout: Rollout, logprobs: Tensor, collective: Collective) -> float:
+    """KL(π_old‖π) in nats a completion: the mean of Σ_t (ρ_t − 1 − log ρ_t), ρ = π/π_old, which is never negative."""
+    assert rollout.old_logprobs is not None
+    mask = rollout.completion_mask & rollout.valid[:, None]
+    log_ratio = torch.where(mask, logprobs - rollout.old_logprobs, 0.0).double()
+    total = (torch.expm1(log_ratio) - log_ratio).sum()
+    return measure.global_means({"drift": (total, rollout.valid.sum())}, collective)["drift"]
 
 
 def on_policy_stats(rollout: Rollout, updates: Sequence[Update]) -> TokenStats:
@@ -48,19 +56,33 @@ def on_policy_stats(rollout: Rollout, updates: Sequence[Update]) -> TokenStats:
     if len(first.part) == len(rollout):
         return first.report.stats[0]
     assert rollout.old_logprobs is not None
-    return TokenStats(logprobs=rollout.old_logprobs)
+    return TokenStats(logprobs=rollout.old_logprobs, entropy=rollout.entropy)
 
 
 def metrics(
-    updates: Sequence[Update], passes: Passes, max_grad_norm: float | None, collective: Collective
+    updates: Sequence[Update], objective: PolicyObjective, max_grad_norm: float | None, collective: Collective
 ) -> dict[str, float]:
-    """Means over the steps of the rollout, and how far the last epoch had drifted from the policy that sampled."""
+    """Means over the steps of the rollout, what the objective tells of them, and how far the last epoch had drifted
+    from the policy that sampled."""
+    passes = passes_of(objective)
     rows = [measure.update_metrics(update.report, max_grad_norm) for update in updates]
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     means["optim/lr"] = rows[-1]["optim/lr"]
     if passes.updates > 1:
+        means["optim/updates"] = float(len(updates))
         means["policy/effective_sample_share"] = _effective_share(updates[-passes.minibatches :], collective)
-    return means
+    tell = getattr(objective, "diagnostics", None)
+    told = [tell(each.report.stats[0], each.part) for each in updates] if tell is not None else [{}]
+    return {**means, **(measure.global_means(_joined(told), collective) if told[0] else {})}
+
+
+def _joined(told: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums and counts of several steps added up."""
+    columns = {name: [each[name] for each in told] for name in told[0]}
+    return {
+        name: (torch.stack([a.double() for a, _ in pairs]).sum(), torch.stack([n.double() for _, n in pairs]).sum())
+        for name, pairs in columns.items()
+    }
 
 
 def _effective_share(updates: Sequence[Update], collective: Collective) -> float:

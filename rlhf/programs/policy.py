@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
-import torch
-from torch import nn
+from rlhf.interfaces import TokenStats, TrainState
+from rlhf.programs import measure, needs, passes
+from rlhf.programs.evaluation import sample_rows
+from rlhf.programs.policy_run import PolicyRun, causal_lm
+from rlhf.rollout import Rollout
+from rlhf.runtime.updater import Term
 
-from rlhf.interfaces import PolicyObjective, Sampler, StatsRequest, TokenStats, TrainState
-from rlhf.models.layout import plain_rows
-from rlhf.models.policy import token_stats
-from rlhf.models.reference import Reference
-from rlhf.programs import measure, passes
-from rlhf.programs.evaluation import Evaluation, sample_rows
-from rlhf.programs.session import Session
-from rlhf.rewards.combine import RewardSet
-from rlhf.rollout import Prompt, Rollout, TokenBatch
-from rlhf.runtime import microbatches
-from rlhf.runtime.distributed import unwrap
-from rlhf.runtime.updater import Term, Updater
-
-
-class PromptStream(Protocol):
-    def at(self, step: int) -> tuple[Sequence[Prompt], Sequence[int]]:
-        """This rank's prompts of a step and their slots in the step's global prompt list."""
-
-
-class InstructionStream(Protocol):
-    def at(self, step: int) -> Term:
-        """This rank's gold completions of a step, as a term of the loss."""
-
-    def metrics(self, batch: TokenBatch, stats: TokenStats) -> dict[str, float]:
-        """What the update's forward says of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyRun:
-    """Everything the loop calls. Built by ``assemble``; every field can be replaced without touching the loop."""
-
-    session: Session
-    model: nn.Module
-    sampler: Sampler
-    rewards: RewardSet
-    reference: Reference
-    objective: PolicyObjective
-    beta: float
-    updater: Updater
-    prompts: PromptStream
-    instruction: InstructionStream | None
-    evaluation: Evaluation
-    steps: int
-    samples_logged: int
+__all__ = ["PolicyRun", "train"]
 
 
 def train(run: PolicyRun, state: TrainState) -> TrainState:
@@ -68,13 +27,14 @@ def train(run: PolicyRun, state: TrainState) -> TrainState:
         with clock("score"):
             rollout = run.rewards.score(rollout, step)  # r(x, y)
         with clock("reference"):
-            rollout = fill_needs(run, rollout, prompts, slots, step)  # log π_ref, and what else the objective asks for
+            rollout = needs.fill(run, rollout, prompts, slots, step)  # log π_ref, and what else the objective asks for
         rollout, state = run.objective.prepare(rollout, state, runtime)  # baselines, advantages
         with clock("update"):
-            updates = update(run, rollout, step, state.optimizer_step)  # one step, or the passes of the objective
+            updates = update(run, rollout, step)  # one step, or the passes of the objective
         completions, tokens = measure.totals(rollout, runtime)
         state = state.after(step, updates=len(updates), rows=completions, tokens=tokens)
         stats = passes.on_policy_stats(rollout, updates)
+        run.reference.follow(step)  # where it moves
         session.log(step, {**metrics(run, rollout, stats, updates, step), **clock.metrics(completions, tokens)})
         session.samples(step, partial(sample_rows, rollout, stats, run.samples_logged, run.rewards.extras()))
         run.evaluation.maybe(run.model, step)
@@ -84,47 +44,22 @@ def train(run: PolicyRun, state: TrainState) -> TrainState:
     return state
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model inside wrapper and ``ScoredModel``: what decodes."""
-    inner: nn.Module = unwrap(model).causal_lm  # type: ignore[assignment]
-    return inner
-
-
-def update(run: PolicyRun, rollout: Rollout, step: int, done: int) -> list[passes.Update]:
-    """The optimizer steps of one rollout; ``done`` of the run were taken before."""
-    parts = enumerate(passes.parts(rollout, passes.passes_of(run.objective), step), start=done + 1)
-    return [passes.Update(part, run.updater.step(terms(run, part, step), number)) for number, part in parts]
+def update(run: PolicyRun, rollout: Rollout, step: int) -> list[passes.Update]:
+    """The optimizer steps of one rollout. The learning rate is a function of their place in the run."""
+    plan, updates = passes.passes_of(run.objective), list[passes.Update]()
+    for epoch in range(plan.epochs):
+        if epoch and plan.stop_kl is not None and needs.drift(run, rollout) > plan.stop_kl:
+            break
+        for part in passes.parts(rollout, plan, step, epoch):
+            place = (step - 1) * plan.updates + len(updates) + 1
+            updates.append(passes.Update(part, run.updater.step(terms(run, part, step), place)))
+    return updates
 
 
 def terms(run: PolicyRun, rollout: Rollout, step: int) -> list[Term]:
     """The summands of the step's loss: the rollout, and the instruction data where it is mixed in."""
     mixed = [] if run.instruction is None else [run.instruction.at(step)]
     return [Term(objective=run.objective, batch=rollout), *mixed]
-
-
-def fill_needs(run: PolicyRun, rollout: Rollout, prompts: Sequence[Prompt], slots: Sequence[int], step: int) -> Rollout:
-    """The quantities the objective asks for, each by one pass."""
-    needs, temperature = run.objective.needs, run.objective.request.temperature
-    if "reference" in needs:
-        request = StatsRequest(temperature=temperature)
-        found = scored(run, rollout, lambda batch: run.reference.stats(plain_rows(batch), request))
-        rollout = replace(rollout, ref_logprobs=found.logprobs)
-    if needs & {"old_logprobs", "score_norms", "values"}:
-        request = StatsRequest(temperature=temperature, score_norms="score_norms" in needs, values="values" in needs)
-        found = scored(run, rollout, lambda batch: token_stats(run.model, plain_rows(batch), request))
-        rollout = replace(rollout, old_logprobs=found.logprobs, score_norms=found.score_norms, values=found.values)
-    if "greedy" in needs:
-        best = run.rewards.score(run.sampler.greedy(causal_lm(run.model), prompts, slots, step), step)
-        assert best.rewards is not None
-        rewards = dict(zip(best.group.tolist(), best.rewards.tolist(), strict=True))
-        per_row = torch.tensor([rewards[group] for group in rollout.group.tolist()], device=rollout.group.device)
-        rollout = replace(rollout, greedy_rewards=per_row)  # NaN where unscorable: maths.baselines.greedy fills those
-    return rollout
-
-
-def scored(run: PolicyRun, batch: TokenBatch, forward: Callable[[TokenBatch], TokenStats]) -> TokenStats:
-    """Statistics of the whole batch without gradient, in the update's own microbatches."""
-    return microbatches.score(batch, forward, run.updater.microbatch_tokens, run.session.runtime)
 
 
 def metrics(
@@ -135,6 +70,6 @@ def metrics(
     return {
         **measure.rollout_metrics(rollout, stats, run.beta, runtime),
         **kept,
-        **passes.metrics(updates, passes.passes_of(run.objective), run.updater.max_grad_norm, runtime),
+        **passes.metrics(updates, run.objective, run.updater.max_grad_norm, runtime),
         **run.rewards.metrics(rollout, runtime),
     }

@@ -15,6 +15,7 @@ from torch import nn
 
 from rlhf.errors import ExitCode, UserError
 from rlhf.interfaces import TrainState
+from rlhf.programs.alarms import Alarms
 from rlhf.programs.keeper import Keeper
 from rlhf.runtime import checkpoint as store
 from rlhf.runtime import training_state
@@ -37,7 +38,8 @@ class Tracker(Protocol):
 
 @dataclass
 class Session:
-    """The surroundings of one run's loop. root: the checkpoint folder. every_steps 0 = only at the end."""
+    """The surroundings of one run's loop. root: the checkpoint folder. every_steps 0 = only at the end. kept: tensors
+    by name that a checkpoint holds beside weights and optimizer, the same on every rank; resuming writes into them."""
 
     runtime: Runtime
     tracker: Tracker
@@ -47,6 +49,8 @@ class Session:
     max_seconds: float | None = None
     guard: Guard = field(default_factory=Guard)
     keeper: Keeper | None = None
+    kept: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    alarms: Alarms = field(default_factory=Alarms)
     last_step: int = 0
     started: float = field(default_factory=time.monotonic)
     signals: list[int] = field(default_factory=list)
@@ -55,6 +59,8 @@ class Session:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.last_step = step
         self.tracker.log(step, metrics)
+        for line in self.alarms.see(step, metrics):
+            self.note(line)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs held-out metrics, the same on every rank, and keeps the weights where they are the best so far."""
@@ -90,6 +96,9 @@ class Session:
         loaded = store.load_checkpoint(path)
         training_state.restore(self.runtime, model, optimizer, loaded.files)
         restore_rng(loaded.files["rng"])
+        for name, tensors in self.kept.items():
+            for key, value in tensors.items():
+                value.copy_(loaded.files[name][key])
         return TrainState.from_json(loaded.state["train"])
 
     def _save(self, step: int, state: TrainState, model: nn.Module, optimizer: Any) -> None:
@@ -97,7 +106,7 @@ class Session:
         failure = ""
         if self.runtime.main:
             try:
-                content = {**files, "rng": rng_tensors()}
+                content = {**files, **self.kept, "rng": rng_tensors()}
                 store.save_checkpoint(self.root, step, content, {"train": state.to_json()}, keep=self.keep)
                 self.failed_saves = 0
             except store.CheckpointFailed as error:

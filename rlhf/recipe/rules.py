@@ -49,8 +49,11 @@ def family(recipe: Recipe) -> bool:
     return recipe.objective in OBJECTIVES and reads(recipe, "reinforce")
 
 
-def on_policy(recipe: Recipe) -> bool:
-    """Whether the objective belongs to the loop that samples from the policy."""
+def on_policy(recipe: Recipe, running: bool = False) -> bool:
+    """Whether the objective belongs to the loop that samples from the policy. running: as it is set, where a setting
+    decides (``dpo.online``)."""
+    if running and recipe.objective == "dpo" and not recipe.dpo.online:
+        return False
     return reads(recipe, "rollout")
 
 
@@ -141,8 +144,11 @@ def adapters_leave_the_head_alone(recipe: Recipe) -> Iterator[Problem]:
 def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
     if not reads(recipe, "reference"):
         return
-    if recipe.reference.ema > 0:
-        yield Problem(("reference", "ema"), "a moving reference is not in this version; set 0.0")
+    moves = "ema" if recipe.reference.ema > 0 else "reset_steps" if recipe.reference.reset_steps else None
+    if moves is not None and not on_policy(recipe, running=True):
+        yield Problem(
+            ("reference", moves), f"{recipe.objective} on the data's pairs knows one reference, which stands still"
+        )
     if recipe.reference.placement not in ("auto", "replicate"):
         yield Problem(("reference", "placement"), f"{recipe.reference.placement} is not in this version; set auto")
 
@@ -219,7 +225,7 @@ def value_baseline_needs_a_value_model(recipe: Recipe) -> Iterator[Problem]:
     if family(recipe) and recipe.reinforce.baseline == "value":
         yield Problem(
             ("reinforce", "baseline"),
-            "value needs a critic, which reinforce has not; use leave_one_out, or objective: ppo",
+            f"value needs a critic, which {recipe.objective} has not: `objective: a2c` is REINFORCE with that baseline",
         )
 
 
@@ -233,10 +239,8 @@ def the_best_needs_rivals(recipe: Recipe) -> Iterator[Problem]:
 def the_critic_can_be_made(recipe: Recipe) -> Iterator[Problem]:
     if not reads(recipe, "value") or is_dotted(recipe.objective):
         return
-    if recipe.value.shared:
-        yield Problem(("value", "shared"), "a head on the policy is not in this version; set false")
-    scratch = recipe.policy.scratch
-    if scratch is not None and scratch.family == "gemma4" and not recipe.reward.models:
+    scratch, own = recipe.policy.scratch, not recipe.value.shared
+    if own and scratch is not None and scratch.family == "gemma4" and not recipe.reward.models:
         yield Problem(("policy", "scratch", "family"), "gemma4 has no class with a scalar head; use gemma3")
     if recipe.ppo.minibatches > recipe.batch.prompts_per_step:
         yield Problem(
@@ -271,12 +275,34 @@ def one_spread_divides_all_tokens(recipe: Recipe) -> Iterator[Problem]:
 def kl_coefficient_is_fixed(recipe: Recipe) -> Iterator[Problem]:
     if not reads(recipe, "kl") or recipe.kl.target is None or is_dotted(recipe.objective):
         return
-    if recipe.objective != "ppo":
+    if not reads(recipe, "ppo"):
         yield Problem(
             ("kl", "target"), f"adapting beta to a target is ppo's; {recipe.objective} keeps kl.beta: set null"
         )
     elif recipe.kl.beta == 0:
         yield Problem(("kl", "beta"), "0 times anything stays 0: give kl.target a coefficient to start from")
+
+
+@rule
+def a_step_is_limited_once(recipe: Recipe) -> Iterator[Problem]:
+    """And only where there is a policy whose distributions can be compared."""
+    if recipe.optim.kl_step_limit is None:
+        return
+    if recipe.objective == "reward":
+        yield Problem(("optim", "kl_step_limit"), "a reward model has no distribution over tokens; set null")
+    if recipe.objective == "trpo":
+        yield Problem(("optim", "kl_step_limit"), "trpo's steps are limited by trpo.max_kl; set null")
+
+
+@rule
+def natural_gradients_need_exact_arithmetic(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.objective == "trpo" and recipe.policy.compute_dtype == "bfloat16":
+        yield Problem(
+            ("policy", "compute_dtype"),
+            "trpo takes differences of gradients, which bfloat16's 8 bits round away; set float32",
+        )
+    if recipe.objective == "trpo" and recipe.reinforce.updates_per_rollout > 1:
+        yield Problem(("reinforce", "updates_per_rollout"), "trpo takes one step a rollout, as far as it may; set 1")
 
 
 @rule

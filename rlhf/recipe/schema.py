@@ -32,6 +32,7 @@ from rlhf.recipe.sections import (
     Section,
     Sft,
     Tracking,
+    Trpo,
     Value,
 )
 
@@ -56,6 +57,7 @@ class Recipe(Section):
     instruction: Instruction = Instruction()
     reinforce: ReinforceSettings = ReinforceSettings()
     ppo: Ppo = Ppo()
+    trpo: Trpo = Trpo()
     dpo: Dpo = Dpo()
     sft: Sft = Sft()
     reward_model: RewardModelSettings = RewardModelSettings()

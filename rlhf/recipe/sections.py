@@ -137,7 +137,15 @@ class Reference(Section):
     path: str | None = Field(
         default=None, min_length=1, description="null = frozen copy of the policy, or the adapter off."
     )
-    ema: float = Field(default=0.0, ge=0, lt=1, description="Decay of a moving reference; 0 = it never moves.")
+    ema: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="It follows the policy: w_ref ← ema·w_ref + (1 − ema)·w after each step; 0 = it never moves.",
+    )
+    reset_steps: Count | None = Field(
+        default=None, description="Every so many steps it becomes the policy as it is then; null = never."
+    )
     placement: Placement = Field(default="auto", description="Where its weights lie.")
 
 
@@ -145,10 +153,14 @@ class Value(Section):
     """The value model of actor-critic objectives."""
 
     init: Literal["reward", "policy", "zeros"] = Field(default="reward", description="What it starts from.")
-    shared: bool = Field(default=False, description="A head on the policy instead of a model of its own.")
+    shared: bool = Field(
+        default=False,
+        description="A head on the policy (0 at first) instead of a model of its own; `init` is not read.",
+    )
     lr: Positive | None = Field(default=None, description="Its peak learning rate; null = `optim.lr`.")
     clip: NonNegative = Field(default=0.2, description="Clip range of its loss.")
     coefficient: Positive = Field(default=0.1, description="Weight of its loss, which gradient clipping sees.")
+    warmup_steps: int = Field(default=0, ge=0, description="The first rollouts train it alone.")
 
 
 class RewardModel(Section):
@@ -284,6 +296,9 @@ class ReinforceSettings(Section):
         default=1, description="Optimizer steps per rollout; later ones weight whole completions by π/π_old."
     )
     importance_cap: Positive = Field(default=5.0, description="Largest such weight.")
+    importance: Literal["truncate", "mask"] = Field(
+        default="truncate", description="A completion beyond it weighs `importance_cap`, or nothing."
+    )
     skip_zero_variance: bool = Field(
         default=False, description="Leave out groups whose rewards are all equal (they carry the KL gradient alone)."
     )
@@ -297,7 +312,23 @@ class Ppo(Section):
     gae_lambda: Probability = Field(default=0.95, description="λ of the advantage estimator.")
     epochs: Count = Field(default=2, description="Passes over a rollout.")
     minibatches: Count = Field(default=1, description="Optimizer steps of a pass.")
+    stop_kl: Positive | None = Field(
+        default=None,
+        description="No further pass over a rollout once KL(π_old‖π) exceeds this (nats a completion); null = never.",
+    )
+    whiten_rewards: bool = Field(default=False, description="Token rewards to variance 1 over a step, their mean kept.")
     whiten_advantages: bool = Field(default=False, description="Mean 0 and variance 1 over the tokens of a step.")
+
+
+class Trpo(Section):
+    """Settings of objective `trpo`, whose gradient is that of section `reinforce`. `optim.lr` is not read."""
+
+    max_kl: Positive = Field(default=0.1, description="How far a step may go: KL(π_new‖π_old), nats a completion.")
+    damping: Positive = Field(default=0.1, description="λ in (F + λI)⁻¹g: larger is nearer to the plain gradient.")
+    iterations: Count = Field(
+        default=10, description="Of conjugate gradient; each costs two forwards and backwards of the rollout."
+    )
+    backtracks: int = Field(default=10, ge=0, description="How often a step that is too long is halved.")
 
 
 class Dpo(Section):
@@ -340,6 +371,10 @@ class Optim(Section):
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps with a rising rate.")
     max_grad_norm: Positive | None = Field(default=1.0, description="Gradients are clipped to this norm; null = never.")
     eps: Positive = Field(default=1.0e-8, description="AdamW's ε.")
+    kl_step_limit: Positive | None = Field(
+        default=None,
+        description="A step that goes further is shortened: KL(π_new‖π_old), nats a completion; null = never.",
+    )
 
 
 class Batch(Section):

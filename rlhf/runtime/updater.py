@@ -7,9 +7,9 @@ global count, so neither the microbatch split nor the number of processes change
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ class Term:
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
     """What a step did. losses: global means by name. grad_norm: before clipping, over all ranks. stats: the forward's
-    detached statistics of every term's batch, in its row order. applied: False where the step was skipped."""
+    detached statistics of every term's batch, in its row order. applied: False where the step was skipped. measured:
+    what was measured of the step itself, by metric name."""
 
     losses: dict[str, float]
     grad_norm: float
@@ -66,6 +67,25 @@ class UpdateReport:
     applied: bool
     microbatches: int
     stats: tuple[TokenStats, ...]
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+class Applied(NamedTuple):
+    """The gradient's norm before clipping; whether the step was taken; what was measured of it."""
+
+    norm: float
+    applied: bool
+    measured: Mapping[str, float] = {}
+
+
+class Limit(Protocol):
+    """What may shorten an optimizer step that has gone too far (``runtime.step_size``)."""
+
+    def remember(self) -> None:
+        """Called before the step."""
+
+    def shorten(self, batch: TokenBatch, temperature: float) -> Mapping[str, float]:
+        """Called after it, with what it was taken on; returns what it measured."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +104,29 @@ class Updater:
     microbatch_tokens: int
     max_grad_norm: float | None = 1.0
     cost: Cost = padded_tokens
+    limit: Limit | None = None
 
     def step(self, terms: Sequence[Term], optimizer_step: int) -> UpdateReport:
         """Raises nothing on non-finite gradients: the step is skipped on all ranks and reported."""
         lr = self.learning_rate(optimizer_step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        losses, stats, done = self.accumulate(terms, self.forward)
+        applied = self._apply(terms)
+        return UpdateReport(
+            losses=losses,
+            grad_norm=applied.norm,
+            lr=lr,
+            applied=applied.applied,
+            microbatches=done,
+            stats=stats,
+            measured=applied.measured,
+        )
+
+    def accumulate(
+        self, terms: Sequence[Term], forward: Forward
+    ) -> tuple[dict[str, float], tuple[TokenStats, ...], int]:
+        """The gradient of the terms, added to ``.grad``: (global mean losses by name, statistics by term, forwards)."""
         losses: dict[str, Tensor] = {}
         work = [(term, self._count(term), self._cut(term)) for term in terms]
         collected = [Collected(len(term.batch), term.batch.completion_ids.shape[1]) for term in terms]
@@ -99,20 +136,12 @@ class Updater:
         for (term, count, cuts), kept in zip(work, collected, strict=True):
             for microbatch in cuts:
                 with self._sync(done == last):
-                    sums, stats = self._forward_backward(term, microbatch, count)
+                    sums, stats = self._forward_backward(term, microbatch, count, forward)
                 done += 1
                 _add(losses, sums, count)
                 kept.add(microbatch, stats)
-        norm, applied = self._apply()
         totals = self.runtime.sum(torch.stack(list(losses.values()))).tolist()
-        return UpdateReport(
-            losses=dict(zip(losses, totals, strict=True)),
-            grad_norm=norm,
-            lr=lr,
-            applied=applied,
-            microbatches=done,
-            stats=tuple(kept.stats() for kept in collected),
-        )
+        return dict(zip(losses, totals, strict=True)), tuple(kept.stats() for kept in collected), done
 
     def _cut(self, term: Term) -> list[Microbatch]:
         return split(term.batch, self.microbatch_tokens, self.runtime, self.cost)
@@ -122,9 +151,9 @@ class Updater:
         return self.runtime.sum(count).clamp_min(1.0)
 
     def _forward_backward(
-        self, term: Term, microbatch: Microbatch, count: Tensor
+        self, term: Term, microbatch: Microbatch, count: Tensor, forward: Forward
     ) -> tuple[dict[str, Tensor], TokenStats]:
-        stats = self.forward(self.model, microbatch.batch, term.objective)
+        stats = forward(self.model, microbatch.batch, term.objective)
         sums = term.objective.loss_sum(stats, microbatch.batch)
         total = torch.stack(list(sums.values())).sum()
         # DDP and ZeRO average gradients over ranks; the global count asks for their sum.
@@ -151,24 +180,30 @@ class Updater:
         else:
             yield
 
-    def _apply(self) -> tuple[float, bool]:
-        return self._apply_deepspeed() if self.runtime.deepspeed else self._apply_plain()
-
-    def _apply_plain(self) -> tuple[float, bool]:
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+    def _apply(self, terms: Sequence[Term]) -> Applied:
+        """One step along the accumulated gradient."""
+        if self.runtime.deepspeed:
+            return self._apply_deepspeed()
+        if self.limit is not None:
+            self.limit.remember()
         limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._with_gradient(), limit))
         applied = norm < float("inf")  # False for inf and NaN; the norm is the same on every rank
         if applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, applied
+        if self.limit is None or not applied:
+            return Applied(norm, applied)
+        return Applied(norm, True, self.limit.shorten(terms[0].batch, terms[0].objective.request.temperature))
 
-    def _apply_deepspeed(self) -> tuple[float, bool]:
+    def _with_gradient(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.grad is not None]
+
+    def _apply_deepspeed(self) -> Applied:
         engine = cast(Any, self.model)
         engine.step()
         norm = float(engine.get_global_grad_norm() or 0.0)
-        return norm, bool(engine.was_step_applied()) and norm < float("inf")
+        return Applied(norm, bool(engine.was_step_applied()) and norm < float("inf"))
 
 
 def _add(losses: dict[str, Tensor], sums: dict[str, Tensor], count: Tensor) -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -246,6 +247,15 @@ def test_a_reward_function_of_trl_runs_as_it_is(recipe: str, sft: Path) -> None:
     assert all(row["reward/valid_rate"] == 1.0 for row in run.metrics)
 
 
+def test_every_field_of_every_objective_is_filled(recipe: str) -> None:
+    """The table names no key that is not there, and what is pinned arrives."""
+    for name in [*FAMILY, "dpo"]:
+        made = objective(load_recipe(recipe, [f"objective={name}"]))
+        assert made.name == name
+        pins = {key.partition(".")[2]: value for key, value in OBJECTIVES[name].pins.items()}
+        assert {field: getattr(made, field) for field in pins} == pins
+
+
 FAMILY = [name for name, entry in OBJECTIVES.items() if entry.program == "policy"]  # dpo has tests of its own
 
 
@@ -258,7 +268,7 @@ def test_one_word_swaps_the_objective(recipe: str, sft: Path, objective_name: st
         assert_sound(run, sft)
     pinned = OBJECTIVES[objective_name].pins
     saved = load_recipe(str(run.path / "recipe.yaml"))
-    assert all(getattr(saved.reinforce, key.partition(".")[2]) == value for key, value in pinned.items())
+    assert all(reduce(getattr, key.split("."), saved) == value for key, value in pinned.items())
     assert objective(saved).name == objective_name
 
 
@@ -326,6 +336,92 @@ def test_dpo_online_takes_its_pairs_from_its_own_rollouts(recipe: str, sft: Path
     run = Run(Path("runs") / "tiny-dpo")
     assert_sound(run, sft)
     assert run.metrics[0]["completion/length_mean"] > 0  # it sampled
+
+
+def test_ppo_stops_its_passes_where_the_policy_has_gone_too_far(recipe: str, sft: Path) -> None:
+    settings = ("objective=ppo", "ppo.epochs=3", "ppo.minibatches=2")
+    assert rlhf.train(recipe, *settings, "ppo.stop_kl=1e-9", "run.name=stopped") == ExitCode.DONE
+    stopped = Run(Path("runs") / "stopped-ppo")
+    assert [row["optim/updates"] for row in stopped.metrics] == [2, 2]  # an epoch is finished, the next not begun
+    assert rlhf.train(recipe, *settings, "ppo.stop_kl=1000", "run.name=free") == ExitCode.DONE
+    free = Run(Path("runs") / "free-ppo")
+    assert [row["optim/updates"] for row in free.metrics] == [6, 6]
+    # The learning rate goes by the place in the plan, so a shorter first step does not shift the second.
+    assert stopped.metrics[1]["optim/lr"] > free.metrics[1]["optim/lr"] > 0
+    assert all(0 < row["policy/entropy"] < 7 and 0 <= row["policy/clip_fraction"] <= 1 for row in free.metrics)
+
+
+def test_the_critic_alone_is_trained_first(recipe: str, sft: Path) -> None:
+    settings = ("objective=a2c", "value.warmup_steps=2", "checkpoint.every_steps=1", "checkpoint.keep=2")
+    assert rlhf.train(recipe, *settings) == ExitCode.DONE
+    run = Run(Path("runs") / "tiny-a2c")
+    before = AutoModelForCausalLM.from_pretrained(sft).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in run.weights.items())
+    first, second = (load_file(path / "model.safetensors") for path in sorted((run.path / "checkpoints").iterdir()))
+    moved = [name for name in first if not torch.equal(first[name], second[name])]
+    assert moved and all(name.startswith("critic.") for name in moved)
+
+
+@pytest.mark.parametrize("weights", [(), LORA], ids=["full", "lora"])
+def test_a_shared_critic_trains(recipe: str, sft: Path, weights: Sequence[str]) -> None:
+    assert rlhf.train(recipe, "objective=ppo", "value.shared=true", *weights) == ExitCode.DONE
+    run = Run(Path("runs") / "tiny-ppo")
+    if not weights:
+        assert_sound(run, sft)
+    state = load_file(sorted((run.path / "checkpoints").iterdir())[-1] / "model.safetensors")
+    critic = {name for name in state if name.startswith("critic.")}
+    assert critic == {"critic.linear.weight", "critic.linear.bias"} and bool(state["critic.linear.weight"].any())
+
+
+LIMITED = {"reinforce": (), "ppo": (), "dpo": ("data.train.0.path=rlhf.data.quickstart:preferences",), "sft": ()}
+
+
+@pytest.mark.parametrize("weights", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("name", LIMITED)
+def test_steps_are_kept_within_a_kl(recipe: str, name: str, weights: Sequence[str]) -> None:
+    limit = ("optim.kl_step_limit=1e-4", *LIMITED[name], *weights)
+    assert rlhf.train(recipe, f"objective={name}", *limit) == ExitCode.DONE
+    for row in Run(Path("runs") / f"tiny-{name}").metrics:
+        # PPO's figures are means of two steps; 5 % over is let be
+        assert 0 < row["optim/step_kl"] <= 1.05e-4 and 0 < row["optim/step_share"] < 1
+
+
+def test_trpo_goes_as_far_as_it_may(recipe: str, sft: Path) -> None:
+    assert rlhf.train(recipe, "objective=trpo", "trpo.max_kl=0.01", "trpo.iterations=4") == ExitCode.DONE
+    run = Run(Path("runs") / "tiny-trpo")
+    assert_sound(run, sft)
+    for row in run.metrics:
+        assert 0.001 < row["optim/step_kl"] <= 0.01
+    # Whole weights and the same noise: a run told to stop goes on as if nothing had happened
+    settings = ("objective=trpo", "trpo.max_kl=0.01", "trpo.iterations=4", "run.name=halved")
+    assert rlhf.train(recipe, *settings, "run.max_seconds=1e-9") == ExitCode.PREEMPTED
+    assert rlhf.train(recipe, *settings) == ExitCode.DONE
+    halved = Run(Path("runs") / "halved-trpo").weights
+    assert all(torch.equal(value, halved[name]) for name, value in run.weights.items())
+
+
+@pytest.mark.parametrize("settings", [("reference.ema=0.5",), ("reference.reset_steps=1",)], ids=["ema", "reset"])
+@pytest.mark.parametrize("weights", [(), LORA], ids=["full", "lora"])
+def test_the_reference_follows(recipe: str, sft: Path, settings: Sequence[str], weights: Sequence[str]) -> None:
+    """Stopped and resumed it is where it was; reset after each step the KL is 0 again; in between it is smaller."""
+    more = (*settings, *weights, "run.steps=3")
+    moving = train(recipe, *more, name="moving")
+    still = train(recipe, *weights, "run.steps=3", name="still")
+    found, fixed = (run.metrics[1]["kl/reference"] for run in (moving, still))
+    assert found == 0 if "reference.reset_steps=1" in settings else 0 < abs(found) < abs(fixed), (found, fixed)
+    assert rlhf.train(recipe, "run.name=halved", *more, "run.max_seconds=1.0e-9") == ExitCode.PREEMPTED
+    halved = train(recipe, *more, name="halved")
+    assert [row["kl/reference"] for row in halved.metrics] == [row["kl/reference"] for row in moving.metrics]
+    assert all(torch.equal(value, moving.weights[name]) for name, value in halved.weights.items())
+    checkpoint = load_file(sorted((halved.path / "checkpoints").iterdir())[-1] / "reference.safetensors")
+    trained = load_file(sorted((halved.path / "checkpoints").iterdir())[-1] / "model.safetensors")
+    assert {f"causal_lm.{name}" for name in checkpoint} == trained.keys()
+
+
+def test_a_spent_rollout_is_told_once(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    train(recipe, "reinforce.updates_per_rollout=4", "optim.lr=0.3", "run.steps=3")
+    said = [line for line in capsys.readouterr().out.splitlines() if "policy/effective_sample_share is" in line]
+    assert len(said) == 1 and "it is spent" in said[0]
 
 
 def test_several_updates_of_one_rollout(recipe: str, sft: Path) -> None:

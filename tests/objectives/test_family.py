@@ -121,6 +121,26 @@ def test_completions_are_weighted_by_their_ratio() -> None:
     assert found == near(spread([a * w for a, w in zip((-2, -1, 3, -5.5, 5.5), weights, strict=True)]))
 
 
+def test_completions_beyond_the_cap_can_be_left_out() -> None:
+    """The ratios above with a cap of 1.5: 2 and 8 weigh nothing, and are two of five."""
+    old = (KL - 5).clone()
+    old[:, 0] -= torch.tensor([log(ratio) for ratio in (2.0, 0.25, 1, 8, 1)])
+    objective = Reinforce(beta=0.0, baseline="group_mean", updates_per_rollout=2, importance="mask", importance_cap=1.5)
+    batch = hand_made(old_logprobs=old)
+    assert multipliers(objective, batch) == near(spread([0.0, -0.25, 3, 0, 5.5]))
+    cut, rows = objective.diagnostics(live(), batch)["policy/importance_cut_rate"]
+    assert (int(cut), int(rows)) == (2, 5)
+
+
+def test_how_far_the_updates_have_gone() -> None:
+    """ρ = 2 on the two tokens of row 0, 1 elsewhere: 2·(2 − 1 − log 2) over 5 completions; 0 for the same policy."""
+    rollout = hand_made(old_logprobs=KL - 5)
+    assert passes.drift(rollout, KL - 5, Alone()) == 0
+    moved = KL - 5
+    moved[0] += log(2)
+    assert passes.drift(rollout, moved, Alone()) == pytest.approx(2 * (1 - log(2)) / 5, rel=1e-6)
+
+
 def test_the_first_update_is_that_of_a_single_one() -> None:
     once, twice = Reinforce(beta=BETA), Reinforce(beta=BETA, updates_per_rollout=2)
     assert multipliers(once, hand_made()) == multipliers(twice, hand_made(old_logprobs=KL - 5))
@@ -128,11 +148,11 @@ def test_the_first_update_is_that_of_a_single_one() -> None:
 
 def test_every_row_is_in_one_minibatch_of_an_epoch_with_its_group() -> None:
     rollout = hand_made()
-    found = list(passes.parts(rollout, Passes(epochs=3, minibatches=2), step=4))
+    found = [part for e in range(3) for part in passes.parts(rollout, Passes(epochs=3, minibatches=2), 4, e)]
     assert [sorted(set(part.group.tolist())) for part in found[:2]] in ([[0], [1]], [[1], [0]])
     for epoch in (found[0:2], found[2:4], found[4:6]):
         assert sorted(reward for part in epoch for reward in part.rewards.tolist()) == REWARDS  # type: ignore[union-attr]
-    assert next(passes.parts(rollout, Passes(), step=4)) is rollout
+    assert next(passes.parts(rollout, Passes(), step=4, epoch=0)) is rollout
 
 
 def test_the_share_of_completions_that_still_count() -> None:
@@ -144,10 +164,11 @@ def test_the_share_of_completions_that_still_count() -> None:
     report = UpdateReport(losses={"policy": 1.0}, grad_norm=2.0, lr=0.1, applied=True, microbatches=1, stats=(stats,))
     late = replace(report, losses={"policy": 3.0}, lr=0.2)
     updates = [passes.Update(rollout, report), passes.Update(rollout, late)]
-    found = passes.metrics(updates, Passes(epochs=2), None, Alone())
+    found = passes.metrics(updates, Reinforce(updates_per_rollout=2), None, Alone())
+    assert found["policy/importance_cut_rate"] == 0 and found["optim/updates"] == 2
     assert found["policy/effective_sample_share"] == pytest.approx(64 / 88, rel=1e-6)
     assert (found["policy/loss"], found["optim/lr"]) == (2.0, 0.2)
-    assert "policy/effective_sample_share" not in passes.metrics(updates[:1], Passes(), None, Alone())
+    assert "policy/effective_sample_share" not in passes.metrics(updates[:1], Reinforce(), None, Alone())
 
 
 # --- RAFT ------------------------------------------------------------------------------------------------------------

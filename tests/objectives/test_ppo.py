@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.interfaces import Alone, Passes, TokenStats, TrainState
+from rlhf.interfaces import Alone, TokenStats, TrainState
 from rlhf.maths import losses
-from rlhf.models.critic import Critic
+from rlhf.models.critic import Critic, ValueHead
 from rlhf.models.layout import plain_rows
 from rlhf.models.load import frozen_copy
 from rlhf.models.policy import ScoredModel, token_stats
@@ -25,7 +25,7 @@ from tests.objectives.by_hand import BETA, KL, by_row, hand_made, multipliers, n
 from tests.support import fixed_rollout, policy_and_reference, tiny_config, tiny_lm, with_reference
 
 ZERO = torch.zeros(5, 3)
-PLAIN: dict[str, Any] = {"gamma": 1.0, "lam": 1.0, "passes": Passes()}
+PLAIN: dict[str, Any] = {"gamma": 1.0, "gae_lambda": 1.0, "epochs": 1}
 
 
 def known(values: Tensor = ZERO, **more: Any) -> Rollout:
@@ -50,7 +50,7 @@ def test_advantages_without_values_are_rewards_to_go() -> None:
 def test_gae_by_hand() -> None:
     """Row 4: rewards −.5, 20.5; V = 4, 8; λ = 1/2: δ = −.5 + 8 − 4 = 3.5, 20.5 − 8 = 12.5; A = 3.5 + 6.25, 12.5."""
     values = torch.tensor([[4.0, 8, 0]]).repeat(5, 1)
-    batch, _ = Ppo(beta=BETA, lam=0.5, gamma=1.0).prepare(known(values), TrainState(), Alone())
+    batch, _ = Ppo(beta=BETA, gae_lambda=0.5, gamma=1.0).prepare(known(values), TrainState(), Alone())
     assert batch.advantages is not None and batch.returns is not None
     assert by_row(batch.advantages, batch)[4] == [9.75, 12.5]
     assert by_row(batch.returns, batch)[4] == [13.75, 20.5]
@@ -99,7 +99,7 @@ def test_it_is_reinforce_to_go_by_hand() -> None:
 
 def test_whitened_advantages_by_hand() -> None:
     """Over the nine tokens of all rows; a row without a score is in nobody's mean."""
-    objective = Ppo(beta=0.0, whiten=True, **PLAIN)
+    objective = Ppo(beta=0.0, whiten_advantages=True, **PLAIN)
     batch, _ = objective.prepare(without(known(), 1), TrainState(), Alone())
     assert batch.advantages is not None
     kept = torch.tensor([1.0] * 2 + [6.0] * 3 + [10.0] + [21.0] * 2)
@@ -107,6 +107,33 @@ def test_whitened_advantages_by_hand() -> None:
     found = torch.tensor([a for row in by_row(batch.advantages, batch) for a in row])
     assert found[2] == 0
     torch.testing.assert_close(torch.cat([found[:2], found[3:]]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_whitened_rewards_keep_their_mean() -> None:
+    """Nine token rewards, 1, 2, 6, 10, 21 and four 0, around 40/9."""
+    objective = Ppo(beta=0.0, whiten_rewards=True, **PLAIN)
+    batch, _ = objective.prepare(known(), TrainState(), Alone())
+    rewards = torch.tensor([0.0, 1, 2, 0, 0, 6, 10, 0, 21])
+    scaled = ((rewards - rewards.mean()) / rewards.std() + rewards.mean()).tolist()
+    assert batch.advantages is not None
+    to_go = [[scaled[0] + scaled[1], scaled[1]], [scaled[2]], [sum(scaled[3:6]), sum(scaled[4:6]), scaled[5]]]
+    assert by_row(batch.advantages, batch)[:3] == near(to_go)
+
+
+def test_the_critic_learns_alone_first() -> None:
+    objective = Ppo(beta=BETA, warmup_steps=2, **PLAIN)
+    for step, learns in ((0, False), (1, False), (2, True)):
+        batch, _ = objective.prepare(known(), TrainState(step=step), Alone())
+        assert batch.advantages is not None and batch.returns is not None
+        assert bool((batch.advantages != 0).any()) is learns and bool((batch.returns != 0).any())
+
+
+def test_the_share_of_tokens_that_the_clip_cut() -> None:
+    """As in the clip's test above: advantages −3, −3, −2, 2, 2, 2, 6, 17, 17, and a ratio of e: six of nine are cut."""
+    objective = Ppo(beta=0.0, **PLAIN)
+    batch, _ = objective.prepare(known(ZERO + 4.0), TrainState(), Alone())
+    cut, tokens = objective.diagnostics(TokenStats(logprobs=KL - 4), batch)["policy/clip_fraction"]
+    assert (int(cut), int(tokens)) == (6, 9)
 
 
 def test_the_coefficient_follows_the_kl() -> None:
@@ -127,7 +154,7 @@ def test_the_coefficient_follows_the_kl() -> None:
 def test_a_process_has_a_prompt_for_every_minibatch() -> None:
     from rlhf.assemble.policy import _minibatches_have_prompts
 
-    objective = Ppo(passes=Passes(minibatches=4))
+    objective = Ppo(minibatches=4)
     _minibatches_have_prompts(objective, slice(4, 8))
     with pytest.raises(UserError, match="a process has 3 of the step's prompts"):
         _minibatches_have_prompts(objective, slice(0, 3))
@@ -198,8 +225,8 @@ def test_the_surrogate_is_the_policy_gradient_to_the_last_bit() -> None:
 @pytest.mark.parametrize(
     ("objective", "zero"),
     [
-        (Ppo(beta=0.3, gamma=1.0, lam=0.5, passes=Passes()), True),
-        (Ppo(beta=0.3, gamma=0.9, lam=1.0, passes=Passes()), True),
+        (Ppo(beta=0.3, gamma=1.0, gae_lambda=0.5, epochs=1), True),
+        (Ppo(beta=0.3, gamma=0.9, gae_lambda=1.0, epochs=1), True),
         (Ppo(beta=0.3, **PLAIN), False),
     ],
     ids=["lambda", "gamma", "values"],
@@ -219,6 +246,26 @@ def test_the_critic_is_trained_by_its_own_loss_alone() -> None:
     of_value = torch.autograd.grad(sums["value"], actor, allow_unused=True, retain_graph=True)
     assert all(part is None for part in (*of_policy, *of_value))
     assert any(bool((part != 0).any()) for part in torch.autograd.grad(sums["value"], critic))
+
+
+def test_a_shared_critic_is_a_head_on_the_policy() -> None:
+    """0 at first, so the policy's gradient is the reduction's; its own loss reaches the trunk."""
+    policy, reference = policy_and_reference()
+    shared = ScoredModel(policy.causal_lm, critic=ValueHead(32))
+    objective = Ppo(beta=0.3, **PLAIN)
+    batch = prepared(objective, shared, reference, values=True)
+    assert batch.values is not None and not bool(batch.values.any())
+    stats = token_stats(shared, plain_rows(batch), objective.request)
+    actor = list(shared.causal_lm.parameters())
+    of_policy = torch.autograd.grad(objective.loss_sum(stats, batch)["policy"], actor, retain_graph=True)
+    of_both = torch.autograd.grad(sum(objective.loss_sum(stats, batch).values()), list(shared.parameters()))  # type: ignore[arg-type]
+    found = torch.cat([part.flatten() for part in of_policy]) / objective.count(batch)
+    expected = gradient(REINFORCE, values=False)
+    assert float((found - expected).norm() / expected.norm()) <= 1e-6
+    assert bool(of_both[-2].any())  # of the head's weight
+    torch.nn.init.ones_(shared.critic.linear.weight)  # type: ignore[union-attr, arg-type]
+    value = objective.loss_sum(token_stats(shared, plain_rows(batch), objective.request), batch)["value"]
+    assert any(bool(part.any()) for part in torch.autograd.grad(value, actor))
 
 
 def test_values_are_of_the_tokens_before() -> None:

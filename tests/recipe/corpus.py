@@ -136,7 +136,7 @@ MEANING: dict[str, Broken] = {
     "no run": b(recipe(run=None), "run: is required"),
     "no name": b(recipe(run="run: {steps: 3}"), "run.name: is required", line=2),
     "misspelt objective": b(recipe(objective="objective: reinforse"), "did you mean reinforce?", line=1),
-    "objective of a later version": b(recipe(objective="objective: trpo"), "trpo is not in this version", line=1),
+    "objective of a later version": b(recipe(objective="objective: kto"), "kto is not in this version", line=1),
     "objective that is not there": b(recipe(objective='objective: "nowhere:Thing"'), "no module nowhere", line=1),
     "group of one": b(k("1"), "leave_one_out is made of the prompt's other completions", line=6),
     "shrinkage of one": b(k("1") + "reinforce: {baseline: shrinkage}\n", "baseline shrinkage is made of", line=6),
@@ -151,8 +151,19 @@ MEANING: dict[str, Broken] = {
     "mean of one": b(
         k("1") + "batch: {prompts_per_step: 1}\nreinforce: {baseline: batch_mean}\n", "every advantage is 0", line=8
     ),
-    "a head on the policy": b(
-        recipe(objective="objective: ppo", value="value: {shared: true}"), "value.shared: a head on the policy", line=6
+    "natural gradients in 8 bits": b(
+        recipe(objective="objective: trpo", policy="policy: {path: model, compute_dtype: bfloat16}"),
+        "trpo takes differences of gradients",
+        line=3,
+    ),
+    "trpo in several steps": b(
+        recipe(objective="objective: trpo", reinforce="reinforce: {updates_per_rollout: 2}"), "one step a rollout"
+    ),
+    "two limits of a step": b(
+        recipe(objective="objective: trpo", optim="optim: {kl_step_limit: 0.1}"), "limited by trpo.max_kl", line=6
+    ),
+    "KL of a reward model": b(
+        recipe(objective="objective: reward", optim="optim: {kl_step_limit: 0.1}"), "no distribution over tokens"
     ),
     "more parts than prompts": b(
         recipe(objective="objective: ppo", ppo="ppo: {minibatches: 4096}"), "ppo.minibatches: 4096 parts of", line=6
@@ -181,7 +192,9 @@ MEANING: dict[str, Broken] = {
     "sharded reward model": b(
         recipe(reward="reward: {models: [{path: model, placement: zero3}]}"), "zero3 is not in this version", line=4
     ),
-    "moving reference": b(recipe(reference="reference: {ema: 0.99}"), "reference.ema: a moving reference", line=6),
+    "moving reference of pairs": b(
+        recipe(objective="objective: dpo", reference="reference: {ema: 0.99}"), "reference, which stands still", line=6
+    ),
     "other engine": b(recipe(rollout="rollout: {engine: vllm}"), "rollout.engine: vllm is not in this", line=6),
     "pushing": b(recipe(checkpoint="checkpoint: {hub_id: a/b}"), "pushing is not in this version", line=6),
     "no rows": b(recipe(data="data: {train: []}"), "no rows to train on", line=5),

@@ -64,7 +64,7 @@ def test_names_that_the_schema_repeats() -> None:
 def test_presets_name_classes_and_sections_that_exist() -> None:
     for name, entry in OBJECTIVES.items():
         module, _, attribute = entry.target.partition(":")
-        objective = getattr(import_module(module), attribute)(**({"name": name} if entry.pins else {}))
+        objective = getattr(import_module(module), attribute)(**({"name": name} if entry.settings is not None else {}))
         assert objective.name == name
         pinned = {key.partition(".")[2]: value for key, value in entry.pins.items()}
         assert all(hasattr(objective, key) for key in pinned)
