@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,8 @@ class Bench:
 
 def every_objective() -> dict[str, tuple[str, ...]]:
     """Name in the table → overrides: all that train a policy, DPO twice, and TRL's."""
-    ours = {name: (f"objective={name}",) for name, entry in OBJECTIVES.items() if entry.program != "sft"}
-    ours.pop("reward")
+    trained = [name for name, entry in OBJECTIVES.items() if entry.program in ("policy", "preference")]
+    ours: dict[str, tuple[str, ...]] = {name: (f"objective={name}",) for name in trained}
     ours["trpo"] = (*ours["trpo"], "trpo.iterations=4")
     return {**ours, "dpo online": ("objective=dpo", "dpo.online=true"), "trl_rloo": (), "trl_dpo": ()}
 
@@ -201,7 +202,7 @@ def best_rate(bench: Bench, method: str) -> float:
 def interpolated(points: Sequence[tuple[float, float]], at: float) -> float | None:
     """Gold at √KL = ``at`` on the line through (√KL, gold) points; None beyond the last."""
     ordered = sorted(points)
-    for (x0, y0), (x1, y1) in zip(ordered, ordered[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(ordered):
         if x0 <= at <= x1 and x1 > x0:
             return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
     return None

@@ -2,8 +2,8 @@
 
     python benchmarks/trl_trainers.py rloo --steps 20 --prompts 16 --beta 0.3 --lr 5e-4 --seed 1 --out trl/NAME
 
-Run in a folder that has runs/quickstart-sft/final and runs/quickstart-reward/final. The reward model is handed over as a
-callable: TRL's own path encodes the reward model's text without BOS and EOS. What is the same: weights, prompts, chat
+Run in a folder that has runs/quickstart-sft/final and runs/quickstart-reward/final. The reward model is handed over as
+a callable: TRL's own path encodes the reward model's text without BOS and EOS. What is the same: weights, prompts, chat
 template, completions a step, leave-one-out baseline, KL in the reward, sums over tokens, AdamW (ε 1e-8, no decay), norm
 clipping, warm-up and linear schedule, no dropout, no top-k. What is not: the order of prompts and the sampling noise.
 """
@@ -17,12 +17,16 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DS_ACCELERAT
 import argparse
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
+from transformers import PreTrainedModel
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.rloo_config import RLOOConfig
+from trl.trainer.rloo_trainer import RLOOTrainer
 
 from rlhf.data import quickstart
 from rlhf.models.load import load_causal_lm, load_tokenizer
@@ -44,6 +48,10 @@ def reward_function(eos: int) -> Any:
         return [value if eos in ids else MISSING_EOS for value, ids in zip(found, completion_ids, strict=True)]
 
     return score
+
+
+def policy() -> PreTrainedModel:
+    return cast(PreTrainedModel, load_causal_lm(SFT))
 
 
 def common(given: argparse.Namespace, rows: int) -> dict[str, Any]:
@@ -70,9 +78,9 @@ def common(given: argparse.Namespace, rows: int) -> dict[str, Any]:
 
 
 def rloo(given: argparse.Namespace, tokenizer: Any) -> Any:
-    prompts = [row["prompt"] for row in quickstart.preferences("train")]
+    prompts = [row["prompt"] for row in quickstart.preferences()]
     return RLOOTrainer(
-        model=load_causal_lm(SFT),
+        model=policy(),
         reward_funcs=reward_function(tokenizer.eos_token_id),
         args=RLOOConfig(
             **common(given, 4 * given.prompts),
@@ -91,10 +99,10 @@ def rloo(given: argparse.Namespace, tokenizer: Any) -> Any:
 
 
 def dpo(given: argparse.Namespace, tokenizer: Any) -> Any:
-    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in quickstart.preferences("train")]
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in quickstart.preferences()]
     return DPOTrainer(
-        model=load_causal_lm(SFT),
-        ref_model=load_causal_lm(SFT),
+        model=policy(),
+        ref_model=policy(),
         args=DPOConfig(**common(given, given.prompts), max_length=256),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
