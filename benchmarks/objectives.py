@@ -93,7 +93,8 @@ class Bench:
     def models(self) -> None:
         """The quickstart's SFT model and reward model; what is finished is left alone."""
         for stage in ("sft", "reward"):
-            self.command([sys.executable, "-m", "rlhf", "train", f"quickstart/{stage}"])
+            if not (self.folder / "runs" / f"quickstart-{stage}" / "final").is_dir():
+                self.command([sys.executable, "-m", "rlhf", "train", f"quickstart/{stage}"])
 
     def row(self, job: Job) -> dict[str, Any]:
         """The figures of a run, from the record or by running it."""
