@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
 
 from rlhf.assemble import data, models, policy, rewards
 from rlhf.assemble.job import Job
 from rlhf.assemble.supervised import epochs
+from rlhf.data.examples import Preference
 from rlhf.models.policy import ScoredModel
-from rlhf.models.reference import AdapterOffReference, Reference
-from rlhf.objectives.dpo import Dpo
+from rlhf.models.reference import AdapterOffReference, FrozenReference, Reference
+from rlhf.objectives.dpo import PairObjective
 from rlhf.programs import scoring, streams
 from rlhf.programs import supervised as program
+from rlhf.programs.reference_cache import ReferenceCache, weights_digest
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
 from rlhf.rollout import Prompt
@@ -32,40 +38,57 @@ def build(recipe: Recipe, session: Session) -> Job:
     prompts = streams.by_prompt(pairs)
     steps = recipe.run.steps or math.ceil(len(prompts) / size)
     judges = rewards.with_judges(recipe, runtime, rewards.reward_set(recipe, runtime, steps=steps), steps=steps)
-    held_out: list[Prompt] = []
-    if recipe.data.eval and (judges.models or judges.functions):
-        held_out, report = data.prompts(recipe, recipe.data.eval, tokenizer)
-        data.tell(session.note, "data.eval", report)
-        data.tell_overlap(session.note, pairs, held_out)
+    held_out = _held_out(recipe, session, tokenizer, pairs) if judges.models or judges.functions else []
     trained = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     anchor: Reference | None = models.reference(recipe, trained, runtime)
     wrapped, optimizer = distributed.prepare(runtime, trained, models.adamw(recipe, trained))
     anchor = anchor or AdapterOffReference(wrapped, trained)
-    objective, budget = cast(Dpo, policy.objective(recipe)), recipe.batch.microbatch_tokens
+    stream = streams.ShuffledPairs(
+        epoch_prompts=epochs(recipe, tokenizer, prompts),
+        per_epoch=len(prompts),
+        per_step=size,
+        seed=recipe.run.seed,
+        own=own,
+        tokenizer=tokenizer,
+    )
+    objective = cast(PairObjective, policy.objective(recipe))
     run = program.SupervisedRun(
         session=session,
         model=wrapped,
         objective=objective,
         updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(anchor), steps),
-        batches=streams.PairsWithReference(
-            pairs=streams.ShuffledPairs(
-                epoch_prompts=epochs(recipe, tokenizer, prompts),
-                per_epoch=len(prompts),
-                per_step=size,
-                seed=recipe.run.seed,
-                own=own,
-                tokenizer=tokenizer,
-            ),
-            reference=anchor,
-            microbatch_tokens=budget,
-            runtime=runtime,
+        batches=(
+            _with_reference(recipe, session, stream, anchor, wrapped, steps)
+            if "reference" in objective.needs
+            else stream
         ),
         steps=steps,
         eval_every=0,
         evaluate=lambda model: {},
         batch_metrics=lambda batch, stats: scoring.preference_metrics(batch, stats, objective, runtime),
-        evaluation=policy.evaluation(
-            recipe, session, tokenizer, wrapped, anchor, judges, held_out[: recipe.eval.samples], steps
-        ),
+        evaluation=policy.evaluation(recipe, session, tokenizer, wrapped, anchor, judges, held_out, steps),
     )
     return Job(train=partial(program.train, run), model=wrapped, optimizer=optimizer, tokenizer=tokenizer, steps=steps)
+
+
+def _held_out(recipe: Recipe, session: Session, tokenizer: Any, pairs: Sequence[Preference]) -> list[Prompt]:
+    """Prompts to sample at and judge; what is trained on as well is told."""
+    if not recipe.data.eval:
+        return []
+    found, report = data.prompts(recipe, recipe.data.eval, tokenizer)
+    data.tell(session.note, "data.eval", report)
+    data.tell_overlap(session.note, pairs, found)
+    return found[: recipe.eval.samples]
+
+
+def _with_reference(
+    recipe: Recipe, session: Session, pairs: streams.ShuffledPairs, anchor: Reference, wrapped: nn.Module, steps: int
+) -> ReferenceCache:
+    """The pairs with log π_ref, which is computed here unless it lies beside the runs already."""
+    runtime = session.runtime
+    cache = ReferenceCache(pairs, anchor, recipe.batch.microbatch_tokens, runtime)
+    with runtime.gathered(wrapped):
+        scored = anchor.model if isinstance(anchor, FrozenReference) else distributed.unwrap(wrapped)
+        weights = weights_digest(cast(ScoredModel, scored).causal_lm, models.compute_dtype(recipe))
+    cache.fill(Path(recipe.output_dir).parent / ".reference", weights, steps, session.note)
+    return cache

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from rlhf.interfaces import Collective, Need, StatsRequest, TokenStats, TrainState, Unit
+from rlhf.interfaces import Collective, Need, Objective, StatsRequest, TokenStats, TrainState, Unit
 from rlhf.maths import losses
 from rlhf.objectives.supervised import PairBatch
 from rlhf.rollout import Rollout, TokenBatch
@@ -35,6 +35,16 @@ class Labelled(NamedTuple):
     first: Tensor
     second: Tensor
     label: Tensor
+
+
+class PairObjective(Objective, Protocol):
+    """An objective of the loop on the data's pairs."""
+
+    def pairs(self, batch: TokenBatch) -> Labelled:
+        """What is compared in this batch."""
+
+    def compared(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        """[B]: the number by which completions are compared, which training pulls apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +97,12 @@ class Dpo:
         p = torch.sigmoid(difference) if self.labels == "soft" else torch.ones_like(difference)
         return p * (1 - self.smoothing) + (1 - p) * self.smoothing
 
-    def log_ratios(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+    def compared(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """[B] nats: log π/π_ref of each completion, a sum over tokens."""
         assert isinstance(batch, ReferencedPairs | Rollout) and batch.ref_logprobs is not None
         return torch.where(batch.completion_mask, stats.logprobs - batch.ref_logprobs, 0.0).sum(1)
 
     def loss_sum(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
-        pairs, log_ratio = self.pairs(batch), self.log_ratios(stats, batch)
-        margin = log_ratio[pairs.first] - log_ratio[pairs.second]
+        pairs, compared = self.pairs(batch), self.compared(stats, batch)
+        margin = compared[pairs.first] - compared[pairs.second]
         return {"policy": losses.dpo_sum(margin, pairs.label, self.beta, self.loss)}

@@ -14,7 +14,7 @@ from rlhf.models.chat import Dialogue, render_completion, render_prompt
 from rlhf.models.layout import plain_rows
 from rlhf.models.policy import token_stats
 from rlhf.models.scalar import scalar_stats
-from rlhf.objectives.dpo import Dpo
+from rlhf.objectives.dpo import PairObjective
 from rlhf.objectives.supervised import DemonstrationBatch, PairBatch
 from rlhf.programs.measure import global_means
 from rlhf.programs.reward_figures import HeldOut, figures
@@ -57,17 +57,19 @@ def pair_metrics(batch: PairBatch, stats: TokenStats, runtime: Collective) -> di
     )
 
 
-def preference_metrics(batch: TokenBatch, stats: TokenStats, objective: Dpo, runtime: Collective) -> dict[str, float]:
-    """How far the policy has pulled the step's pairs apart before it: log π/π_ref, nats a completion."""
-    pairs, log_ratio = objective.pairs(batch), objective.log_ratios(stats, batch)
-    better, worse = log_ratio[pairs.first], log_ratio[pairs.second]
+def preference_metrics(
+    batch: TokenBatch, stats: TokenStats, objective: PairObjective, runtime: Collective
+) -> dict[str, float]:
+    """How far the policy has pulled the step's pairs apart before it, by what the objective compares."""
+    pairs, compared = objective.pairs(batch), objective.compared(stats, batch)
+    better, worse = compared[pairs.first], compared[pairs.second]
     count = torch.tensor(float(len(better)), device=better.device)
     return global_means(
         {
             "policy/pair_accuracy": ((better > worse).sum(), count),
             "policy/pair_margin": ((better - worse).sum(), count),
-            "policy/better_log_ratio": (better.sum(), count),
-            "policy/worse_log_ratio": (worse.sum(), count),
+            "policy/better_mean": (better.sum(), count),
+            "policy/worse_mean": (worse.sum(), count),
         },
         runtime,
     )

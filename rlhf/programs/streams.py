@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rlhf.data.examples import Demonstration, Preference
 from rlhf.data.order import epoch_permutation, positions, subset
-from rlhf.interfaces import StatsRequest, TokenStats
+from rlhf.interfaces import TokenStats
 from rlhf.models.chat import Dialogue, render_completion, render_dialogue, render_prompt
 from rlhf.models.layout import plain_rows
 from rlhf.models.reference import Reference
-from rlhf.objectives.dpo import ReferencedPairs
 from rlhf.objectives.supervised import DemonstrationBatch, Demonstrations, PairBatch
 from rlhf.programs.measure import global_means
 from rlhf.rollout import Prompt, TokenBatch
@@ -166,25 +165,3 @@ class ShuffledPairs:
         if limit is None or len(pairs) <= limit:
             return pairs
         return [pairs[i] for i in subset(len(pairs), limit, self.seed, epoch, index)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairsWithReference:
-    """A step's pairs with the reference's log-probabilities, by one forward of it."""
-
-    pairs: ShuffledPairs
-    reference: Reference
-    microbatch_tokens: int
-    runtime: Runtime
-
-    def at(self, step: int) -> ReferencedPairs:
-        return with_reference(self.pairs.at(step), self.reference, self.microbatch_tokens, self.runtime)
-
-
-def with_reference(batch: PairBatch, reference: Reference, budget_tokens: int, runtime: Runtime) -> ReferencedPairs:
-    """The pairs on this process's device, scored by the reference at temperature 1."""
-    batch = batch.to(runtime.device)
-    request = StatsRequest()
-    found = microbatches.score(batch, lambda part: reference.stats(plain_rows(part), request), budget_tokens, runtime)
-    known = {item.name: getattr(batch, item.name) for item in fields(batch)}
-    return ReferencedPairs(**known, ref_logprobs=found.logprobs)

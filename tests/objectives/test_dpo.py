@@ -81,7 +81,7 @@ def test_pairs_of_the_data() -> None:
     assert as_lists(pairs) == [(0, 1), (0, 2), (3, 4)]
     assert pairs.label.tolist() == pytest.approx([0.9] * 3)
     assert int(objective.count(batch)) == 3
-    assert objective.log_ratios(live(), batch).tolist() == [3, 2, 1, 4, 2]
+    assert objective.compared(live(), batch).tolist() == [3, 2, 1, 4, 2]
     expected = sum(0.9 * log1p(exp(-0.5 * m)) + 0.1 * log1p(exp(0.5 * m)) for m in (1, 2, 2))
     assert float(objective.loss_sum(live(), batch)["policy"].detach()) == pytest.approx(expected, rel=1e-6)
 

@@ -1,0 +1,146 @@
+"""log π_ref of the data's pairs, computed once before training, and kept beside the runs by a hash of its content.
+
+A later run with the same reference, rows and batches (another β, another learning rate) reads the file. Batches are
+part of the name because two layouts of one row agree to rounding only, and a run must not depend on who ran before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf.interfaces import StatsRequest
+from rlhf.models.layout import plain_rows
+from rlhf.models.reference import Reference
+from rlhf.objectives.dpo import ReferencedPairs
+from rlhf.objectives.supervised import PairBatch
+from rlhf.programs.streams import ShuffledPairs
+from rlhf.runtime import microbatches
+from rlhf.runtime.distributed import Runtime
+
+Digest = bytes
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """A step's pairs with the reference's log-probabilities at temperature 1.
+
+    known: of each completion (prompt and completion ids, hashed) its [length] nats. A completion that is not there
+    (labelled text is paired anew each epoch) is computed when it comes.
+    """
+
+    pairs: ShuffledPairs
+    reference: Reference
+    microbatch_tokens: int
+    runtime: Runtime
+    known: dict[Digest, Tensor] = field(default_factory=dict)
+
+    def at(self, step: int) -> ReferencedPairs:
+        batch = self.pairs.at(step).to(self.runtime.device)
+        digests = row_digests(batch)
+        missing = torch.tensor(any(digest not in self.known for digest in digests), device=self.runtime.device)
+        if int(self.runtime.max(missing.long())):  # every rank computes or none: forwards may be collective
+            self._compute(batch, digests)
+        return _with(batch, [self.known[digest] for digest in digests])
+
+    def _compute(self, batch: PairBatch, digests: list[Digest]) -> None:
+        request, budget = StatsRequest(), self.microbatch_tokens
+        found = microbatches.score(
+            batch, lambda part: self.reference.stats(plain_rows(part), request), budget, self.runtime
+        )
+        for digest, row, mask in zip(digests, found.logprobs, batch.completion_mask, strict=True):
+            self.known.setdefault(digest, row[mask].cpu())
+
+    def fill(self, folder: Path, weights: str, steps: int, note: Callable[[str], None]) -> None:
+        """The completions of a run's ``steps``, of its first epoch at most: from the file of that name in ``folder``,
+        or computed and written there.
+
+        weights: ``weights_digest`` of the reference. Every rank calls it.
+        """
+        epoch = -(-self.pairs.per_epoch // self.pairs.per_step)
+        places = range(1, min(steps, epoch) + 1)
+        path = folder / f"{self._name(weights, places)}.safetensors"
+        if self._read(path):
+            note(f"reference: log-probabilities of {len(self.known)} completions read from {path}")
+            return
+        started = time.monotonic()
+        for step in places:
+            self.at(step)
+        for part in self.runtime.gather_objects(self.known):
+            self.known.update(part)
+        if self.runtime.main:
+            _write(path, self.known)
+        seconds = time.monotonic() - started
+        note(f"reference: log-probabilities of {len(self.known)} completions computed in {seconds:.0f} s")
+
+    def _name(self, weights: str, steps: Iterable[int]) -> str:
+        """What the content depends on: weights, rows in their batches, and how those are cut."""
+        digest = hashlib.sha256(f"{weights}\0{self.microbatch_tokens}\0{self.runtime.world_size}".encode())
+        for step in steps:
+            digest.update(b"".join(row_digests(self.pairs.at(step))) + b"\0")
+        return hashlib.sha256("".join(self.runtime.gather_objects(digest.hexdigest())).encode()).hexdigest()[:32]
+
+    def _read(self, path: Path) -> bool:
+        """Every rank reads, or none: a file that one of them cannot read is made anew."""
+        try:
+            found = _load(path) if path.is_file() else {}
+        except Exception:  # safetensors has errors of its own; whatever is wrong with the file, it can be made again
+            found = {}
+        absent = torch.tensor(not found, device=self.runtime.device).long()
+        if int(self.runtime.max(absent)):
+            return False
+        self.known.update(found)
+        return True
+
+
+def row_digests(batch: PairBatch) -> list[Digest]:
+    """A hash of each row's prompt and completion ids, padding aside."""
+    found = []
+    for row in range(len(batch)):
+        prompt = batch.prompt_ids[row][batch.prompt_mask[row]].cpu()
+        completion = batch.completion_ids[row][batch.completion_mask[row]].cpu()
+        ids = torch.cat([torch.tensor([len(prompt)]), prompt, completion]).numpy().tobytes()
+        found.append(hashlib.sha256(ids).digest()[:_DIGEST_BYTES])
+    return found
+
+
+def weights_digest(model: nn.Module, dtype: torch.dtype) -> str:
+    """SHA-256 over the names and bytes of everything in a model that is not an adapter's, and the compute type."""
+    digest = hashlib.sha256(str(dtype).encode())
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            digest.update(name.replace(".base_layer.", ".").encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _with(batch: PairBatch, rows: list[Tensor]) -> ReferencedPairs:
+    logprobs = torch.zeros(batch.completion_ids.shape, dtype=rows[0].dtype)
+    for index, row in enumerate(rows):
+        logprobs[index, : len(row)] = row
+    known = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    return ReferencedPairs(**known, ref_logprobs=logprobs.to(batch.group.device))
+
+
+def _write(path: Path, known: dict[Digest, Tensor]) -> None:
+    """Whole or not at all: other runs may look for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".part")
+    digests = torch.frombuffer(bytearray(b"".join(known)), dtype=torch.uint8).view(-1, _DIGEST_BYTES)
+    lengths = torch.tensor([len(row) for row in known.values()])
+    save_file({"digests": digests, "lengths": lengths, "logprobs": torch.cat(list(known.values()))}, staged)
+    staged.replace(path)
+
+
+def _load(path: Path) -> dict[Digest, Tensor]:
+    found = load_file(path)
+    rows = torch.split(found["logprobs"], found["lengths"].tolist())
+    return {bytes(key.tolist()): row for key, row in zip(found["digests"], rows, strict=True)}
