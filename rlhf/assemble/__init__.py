@@ -5,21 +5,9 @@ from __future__ import annotations
 from rlhf.assemble.job import Job
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
+from rlhf.recipe.rules import program_of
 
 __all__ = ["Job", "build", "program_of"]
-
-
-def program_of(recipe: Recipe) -> str:
-    """``policy``, ``preference``, ``sft`` or ``reward``: which loop runs the objective, and so what its rows are.
-
-    Outside objectives run in the policy loop, and so does ``dpo.online``.
-    """
-    from rlhf.objectives.presets import OBJECTIVES
-
-    preset = OBJECTIVES.get(recipe.objective)
-    if preset is None or (recipe.objective == "dpo" and recipe.dpo.online):
-        return "policy"
-    return preset.program
 
 
 def build(recipe: Recipe, session: Session) -> Job:

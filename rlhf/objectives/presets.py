@@ -24,7 +24,8 @@ class Preset:
     without, in words. program: the loop that runs it. sections: the recipe sections that it reads (None: any).
     settings: field of the class → recipe keys of which the first that is not null fills it (None: the class is given
     the recipe). pins: dotted recipe keys that the name stands for, whatever the recipe says. source: paper. bias: what
-    it is known to distort, empty where the gradient is unbiased. trust_region: steps are taken by ``TrustRegion``.
+    it is known to distort, empty where the gradient is unbiased. online: recipe key that moves it from the data's pairs
+    to the policy loop. trust_region: steps are taken by ``TrustRegion``.
     """
 
     target: str
@@ -36,6 +37,7 @@ class Preset:
     pins: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     bias: str = ""
+    online: str = ""
     trust_region: bool = False
 
 
@@ -167,6 +169,7 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
             needs=("pairs of a better and a worse completion; or prompts and a reward, with dpo.online", "a reference"),
             program="preference",
             sections=frozenset({*POLICY_SECTIONS, "dpo"} - {"instruction"}),
+            online="dpo.online",
             settings=_keys("dpo.loss", "dpo.labels", beta="dpo.beta kl.beta", smoothing="dpo.label_smoothing"),
             source="Rafailov et al. 2023",
             bias="offline: its optimum is that of the pairs' annotators, where the pairs reach; kl.beta stands for β",

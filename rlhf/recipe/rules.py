@@ -6,8 +6,9 @@ A rule looks only at what the objective reads: sections of other objectives may 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 
-from rlhf.objectives.presets import NOT_IN_THIS_VERSION, OBJECTIVES, is_dotted, preset
+from rlhf.objectives.presets import NOT_IN_THIS_VERSION, OBJECTIVES, Program, is_dotted, preset
 from rlhf.recipe.marks import Problem
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.validate import Rule
@@ -49,12 +50,17 @@ def family(recipe: Recipe) -> bool:
     return recipe.objective in OBJECTIVES and reads(recipe, "reinforce")
 
 
-def on_policy(recipe: Recipe, running: bool = False) -> bool:
-    """Whether the objective belongs to the loop that samples from the policy. running: as it is set, where a setting
-    decides (``dpo.online``)."""
-    if running and recipe.objective == "dpo" and not recipe.dpo.online:
-        return False
+def on_policy(recipe: Recipe) -> bool:
+    """Whether the objective reads what the loop that samples from the policy does."""
     return reads(recipe, "rollout")
+
+
+def program_of(recipe: Recipe) -> Program:
+    """Which loop runs the objective, and so what its rows are. Outside objectives run in the policy loop."""
+    chosen = preset(recipe.objective)
+    if chosen.online and reduce(getattr, chosen.online.split("."), recipe):
+        return "policy"
+    return chosen.program
 
 
 # The objective and the run
@@ -145,7 +151,7 @@ def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
     if not reads(recipe, "reference"):
         return
     moves = "ema" if recipe.reference.ema > 0 else "reset_steps" if recipe.reference.reset_steps else None
-    if moves is not None and not on_policy(recipe, running=True):
+    if moves is not None and program_of(recipe) == "preference":
         yield Problem(
             ("reference", moves), f"{recipe.objective} on the data's pairs knows one reference, which stands still"
         )
@@ -160,7 +166,7 @@ def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
 def reinforce_has_something_to_maximise(recipe: Recipe) -> Iterator[Problem]:
     if not reads(recipe, "reward") or is_dotted(recipe.objective):
         return
-    if recipe.objective == "dpo" and not recipe.dpo.online:
+    if program_of(recipe) == "preference":
         return  # learns from the data's pairs; rewards only judge held-out completions
     models, functions = recipe.reward.models, recipe.reward.functions
     weights = [*(model.weight for model in models), *(function.weight for function in functions)]
