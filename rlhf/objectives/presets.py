@@ -174,6 +174,16 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
             source="Rafailov et al. 2023",
             bias="offline: its optimum is that of the pairs' annotators, where the pairs reach; kl.beta stands for β",
         ),
+        "simpo": Preset(
+            target="rlhf.objectives.simpo:Simpo",
+            formula="maximise E_pairs[log σ(β·(log π(y_chosen)/|y_chosen| − log π(y_rejected)/|y_rejected|) − margin)]",
+            needs=("pairs of a better and a worse completion",),
+            program="preference",
+            sections=frozenset({*POLICY_SECTIONS, "simpo"} - {"instruction"}),
+            settings=_keys("simpo.beta", "simpo.margin"),
+            source="Meng et al. 2024",
+            bias="no reference: only the learning rate and the number of steps keep the policy near where it started",
+        ),
         "raft": Preset(
             target="rlhf.objectives.raft:Raft",
             formula="maximise E[log π(y_best|x)], y_best = the prompt's completion with the highest penalized reward",
@@ -202,7 +212,7 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
 )
 
 # Names that people know and that this version refuses by name, instead of guessing at a near one.
-NOT_IN_THIS_VERSION = frozenset(("kto", "simpo"))
+NOT_IN_THIS_VERSION = frozenset(("kto",))
 
 
 def is_dotted(name: str) -> bool:

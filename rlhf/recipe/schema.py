@@ -31,6 +31,7 @@ from rlhf.recipe.sections import (
     Run,
     Section,
     Sft,
+    Simpo,
     Tracking,
     Trpo,
     Value,
@@ -59,6 +60,7 @@ class Recipe(Section):
     ppo: Ppo = Ppo()
     trpo: Trpo = Trpo()
     dpo: Dpo = Dpo()
+    simpo: Simpo = Simpo()
     sft: Sft = Sft()
     reward_model: RewardModelSettings = RewardModelSettings()
     optim: Optim = Optim()

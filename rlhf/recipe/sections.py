@@ -341,6 +341,13 @@ class Dpo(Section):
     labels: Literal["soft", "hard"] = Field(default="soft", description="Online labels: σ(r_w − r_l), or 1.")
 
 
+class Simpo(Section):
+    """Settings of objective `simpo`, which learns from the pairs of `data.train`."""
+
+    beta: Positive = Field(default=2.0, description="Scale of log π a token; not `kl.beta`, which weighs whole sums.")
+    margin: NonNegative = Field(default=1.0, description="Lead of the better completion, after `beta`.")
+
+
 class Sft(Section):
     """Settings of objective `sft`."""
 

@@ -325,6 +325,14 @@ def test_dpo_learns_from_the_pairs_of_the_data(recipe: str, sft: Path, weights: 
     assert (run.path / "report.html").is_file()
 
 
+def test_simpo_learns_without_a_reference(recipe: str, sft: Path) -> None:
+    rows = "data.train.0.path=rlhf.data.quickstart:preferences"
+    assert rlhf.train(recipe, "objective=simpo", rows) == ExitCode.DONE
+    first, second = Run(Path("runs") / "tiny-simpo").metrics
+    assert first["optim/grad_norm"] > 0 and second["policy/pair_margin"] != first["policy/pair_margin"]
+    assert first["policy/better_mean"] < 0 and not list(Path("runs").glob(".reference/*"))
+
+
 def test_dpo_says_when_its_held_out_prompts_are_trained_on(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [f"data.{part}.0.path=rlhf.data.quickstart:preferences" for part in ("train", "eval")]
     assert rlhf.train(recipe, "objective=dpo", *rows, "eval.samples=2", "run.steps=1") == ExitCode.DONE
