@@ -159,7 +159,9 @@ class Value(Section):
     )
     lr: Positive | None = Field(default=None, description="Its peak learning rate; null = `optim.lr`.")
     clip: NonNegative = Field(default=0.2, description="Clip range of its loss.")
-    coefficient: Positive = Field(default=0.1, description="Weight of its loss, which gradient clipping sees.")
+    coefficient: NonNegative = Field(
+        default=0.1, description="Weight of its loss, which gradient clipping sees; 0 = it stays as it starts."
+    )
     warmup_steps: int = Field(default=0, ge=0, description="The first rollouts train it alone.")
 
 

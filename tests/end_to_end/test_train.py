@@ -346,6 +346,31 @@ def test_dpo_online_takes_its_pairs_from_its_own_rollouts(recipe: str, sft: Path
     assert run.metrics[0]["completion/length_mean"] > 0  # it sampled
 
 
+def test_ppo_reduces_to_reinforce_through_the_recipes(recipe: str) -> None:
+    """One epoch, one minibatch, γ = λ = 1, a critic that says 0 and stays it: the first step's gradient, before
+    clipping, is that of reinforce without baseline and with to-go credit. Adam's first moment is a tenth of it."""
+    plain = ("ppo.epochs=1", "ppo.gamma=1.0", "ppo.gae_lambda=1.0", "value.init=zeros", "value.coefficient=0.0")
+    both = ("run.steps=1", "optim.max_grad_norm=null", "rollout.max_new_tokens=6", "kl.beta=0.3")
+    moved = ("policy.path=runs/moved-reinforce/final", f"reference.path={load_recipe(recipe).policy.path}")
+    train(recipe, name="moved")  # so that there is a KL to be charged with
+
+    def gradient(objective: str, *settings: str) -> Tensor:
+        name = f"run.name={len(settings)}"
+        assert rlhf.train(recipe, f"objective={objective}", *settings, *both, *moved, name) == ExitCode.DONE
+        folder = Path("runs") / f"{len(settings)}-{objective}" / "checkpoints" / "step-00000001"
+        moments = load_file(folder / "optimizer.safetensors")
+        kept = sorted(key for key in moments if key.startswith("causal_lm.") and key.endswith(".exp_avg"))
+        return torch.cat([moments[key].flatten() for key in kept]).double()
+
+    expected = gradient("reinforce", "reinforce.baseline=none", "kl.credit=to_go")
+    for clip in ("ppo.clip=0.0", "ppo.clip=0.5"):
+        found = gradient("ppo", *plain, clip)
+        assert float((found - expected).norm() / expected.norm()) <= 1e-6
+        shutil.rmtree(Path("runs") / "6-ppo")
+    other = gradient("ppo", *plain, "ppo.clip=0.0", "ppo.gae_lambda=0.9")
+    assert float((other - expected).norm() / expected.norm()) > 1e-3
+
+
 def test_ppo_stops_its_passes_where_the_policy_has_gone_too_far(recipe: str, sft: Path) -> None:
     settings = ("objective=ppo", "ppo.epochs=3", "ppo.minibatches=2")
     assert rlhf.train(recipe, *settings, "ppo.stop_kl=1e-9", "run.name=stopped") == ExitCode.DONE

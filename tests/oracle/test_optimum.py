@@ -1,5 +1,8 @@
-"""Three roads to one place: the exact policy gradient, DPO with Bradley–Terry labels and sampled RLOO end at
-π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β). They do so at temperature 1, with one β, full support and the reward's own scale."""
+"""Three roads to one place, π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β).
+
+The exact policy gradient, DPO with Bradley–Terry labels and sampled RLOO end there: at temperature 1, with one β, full
+support and the reward's own scale.
+"""
 
 from __future__ import annotations
 
