@@ -31,7 +31,8 @@ METRIC_SOURCES = (
         f"rlhf/programs/{name}.py"
         for name in ("measure", "passes", "evaluation", "scoring", "reward_figures", "streams", "policy", "supervised")
     ),
-    *("rlhf/rewards/combine.py", "rlhf/assemble/supervised.py"),
+    *("rlhf/rewards/combine.py", "rlhf/assemble/supervised.py", "rlhf/runtime/step_size.py"),
+    *("rlhf/objectives/ppo.py", "rlhf/objectives/reinforce.py"),
 )
 _METRIC = re.compile(
     r"(?:reward|reward_model|kl|policy|value|loss|completion|optim|eval|time|throughput)/[a-z_<>]+(?:/[a-z_<>]+)?"
