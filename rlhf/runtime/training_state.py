@@ -81,7 +81,11 @@ def _optimizer_step(optimizer: Any) -> float:
 
 
 def _ensure_moments(runtime: Runtime, model: nn.Module) -> None:
-    """ZeRO keeps moments on flat partitions and makes them at the first step; reading or writing needs them before."""
+    """ZeRO keeps moments on flat partitions and makes them at the first step; reading or writing needs them before.
+
+    DeepSpeed tells parameters where their moments are once, after the first step of the first parameter group, when later
+    groups (a critic's) have none yet; so they are told here, each time.
+    """
     if not runtime.deepspeed:
         return
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
@@ -89,10 +93,9 @@ def _ensure_moments(runtime: Runtime, model: nn.Module) -> None:
     zero = cast(Any, model).optimizer
     flat = zero.fp32_partitioned_groups_flat if runtime.sharded else zero.single_partition_of_fp32_groups
     for index, partition in enumerate(flat):
-        if partition in zero.optimizer.state:
-            continue
-        moments = {key: torch.zeros_like(partition) for key in MOMENTS}
-        zero.optimizer.state[partition] = {"step": torch.tensor(0.0), **moments}
+        if partition not in zero.optimizer.state:
+            moments = {key: torch.zeros_like(partition) for key in MOMENTS}
+            zero.optimizer.state[partition] = {"step": torch.tensor(0.0), **moments}
         if not runtime.sharded:
             lazy_init_hp_params_optimizer_state(zero.bit16_groups[index], partition, zero.optimizer.state)
 

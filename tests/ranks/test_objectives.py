@@ -68,6 +68,10 @@ def trained(folder: Path, name: str, objective: str, *more: str) -> torch.Tensor
         ("dpo", ("dpo.online=true",), "cpu_2ranks"),
         ("grpo", (), "cpu_2ranks"),
         ("reinforce_plus_plus", (), "cpu_2ranks"),
+        ("ppo", ("value.shared=true", "ppo.whiten_rewards=true", "ppo.stop_kl=1.0"), "cpu_zero2"),
+        ("simpo", (), "cpu_2ranks"),
+        ("reinforce", ("optim.kl_step_limit=1e-4", "reference.ema=0.5"), "cpu_2ranks"),
+        ("trpo", ("trpo.iterations=3", "policy.compute_dtype=float32"), "cpu_2ranks"),
     ],
 )
 def test_two_ranks_end_where_one_does(objective: str, settings: tuple[str, ...], config: str, folder: Path) -> None:
