@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from rlhf.errors import UserError
 from rlhf.locate import command_name, recipe_file, shipped_folder, shipped_recipes
-from rlhf.objectives.presets import OBJECTIVES
+from rlhf.objectives.presets import OBJECTIVES, POLICY_SECTIONS, Preset
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
@@ -42,9 +43,22 @@ def _list_objectives() -> None:
         pins = ", ".join(f"{key}={value}" for key, value in entry.pins.items())
         lines = {"needs": "; ".join(entry.needs), "source": entry.source, "bias": entry.bias, "pins": pins}
         typer.echo(f"{name}\n    {entry.formula}")
-        for label, text in lines.items():
+        for label, text in {**lines, "defaults": _defaults(entry)}.items():
             if text:
-                typer.echo(f"    {label:<8}{text}")
+                typer.echo(f"    {label:<9}{text}")
+
+
+def _defaults(entry: Preset) -> str:
+    """The keys of the sections that are this objective's own, without those that its name pins."""
+    from rlhf.recipe import Recipe
+
+    own = [name for name in Recipe.model_fields if name in (entry.sections or ()) and name not in POLICY_SECTIONS]
+    found = []
+    for section in own:
+        fields = Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        keys = {f"{section}.{name}": field.default for name, field in fields.items()}
+        found += [f"{key}={json.dumps(value)}" for key, value in keys.items() if key not in entry.pins]
+    return ", ".join(found).replace('"', "")
 
 
 @app.command()

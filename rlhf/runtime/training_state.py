@@ -83,8 +83,8 @@ def _optimizer_step(optimizer: Any) -> float:
 def _ensure_moments(runtime: Runtime, model: nn.Module) -> None:
     """ZeRO keeps moments on flat partitions and makes them at the first step; reading or writing needs them before.
 
-    DeepSpeed tells parameters where their moments are once, after the first step of the first parameter group, when later
-    groups (a critic's) have none yet; so they are told here, each time.
+    DeepSpeed tells parameters where their moments are once, after the first step of the first parameter group, when
+    later groups (a critic's) have none yet; so they are told here, each time.
     """
     if not runtime.deepspeed:
         return
