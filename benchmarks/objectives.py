@@ -7,10 +7,12 @@ Both train the quickstart's SFT model and reward model once (seed 42) and give e
 model and number of completions. TRL's trainers (dev extra) start from the same weights and are handed the same reward
 as a callable; all are judged by one evaluation: 128 held-out prompts, the same sampling noise before and after.
 
-The table: gold score, KL, length, seconds and memory of one short run of each. The frontiers: `METHODS`, each with the
-learning rate that does best on the tuning seed among `RATES`, on `SEEDS` fresh seeds at every β of `BETAS`. Gold is
-interpolated in √KL between the runs of a seed; differences between methods are paired by seed. `MARGIN` was set before
-the first run. Every finished run is a line of results/objectives_runs.jsonl, and a run that has one is not run again.
+The table: gold score, KL, length, seconds and memory of one short run of each. The frontiers: `METHODS` (`reinforce` is
+leave-one-out with the exact KL), each with the learning rate that does best on the tuning seed, on `SEEDS` fresh seeds at
+every β of `BETAS`. Gold is interpolated in √KL between the runs of a seed: chords of a concave curve, so a method whose
+runs lie far from a root is judged a little low. Differences between methods are paired by seed, given one SFT model, one
+reward model and one set of held-out prompts, and not corrected for their number. `MARGIN` was set before the first run.
+Every finished run is a line of results/objectives_runs.jsonl, and a run that has one is not run again.
 
 Writes results/objectives.json and docs/images/objectives.png.
 """
@@ -52,12 +54,13 @@ TUNING_SEED, TUNING_BETA = 100, 0.1
 SEEDS = (1, 2, 3, 4, 5)
 ROOTS = (1.0, 2.0, 3.0)  # √KL at which gold is compared
 MARGIN = 0.15  # gold; the recipe gains about 1
-T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t by number of seeds
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 2, 3, … 10 seeds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run. steps × prompts × 4 completions. Its identity is everything in it."""
+    """One run. steps × prompts × 4 completions (pairs of as many prompts, offline). A record with other overrides is
+    another run; one of another commit is not, so that a comparison can go on after a change elsewhere."""
 
     method: str
     overrides: tuple[str, ...]
@@ -98,8 +101,9 @@ class Bench:
 
     def row(self, job: Job) -> dict[str, Any]:
         """The figures of a run, from the record or by running it."""
-        if job.name not in self.known:
-            found = {"run": job.name, **self._run(job), "commit": record.commit()}
+        known = self.known.get(job.name)
+        if known is None or known["overrides"] != list(job.overrides):
+            found = {"run": job.name, "overrides": list(job.overrides), **self._run(job), "commit": record.commit()}
             with RUNS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")
             self.known[job.name] = found
@@ -129,8 +133,16 @@ class Bench:
             **{name: round(value[name], 4) for name in ("gold", "reward", "kl", "tokens")},
             "gold_before": round(found.changes["gold"].before, 4) if side else None,
             "seconds": round(seconds, 1),
+            "step_seconds": round(self._step_seconds(job), 1),
             "peak_mib": round(peak / 2**20),
         }
+
+    def _step_seconds(self, job: Job) -> float:
+        """Of training alone: no start, no evaluation, no checkpoint."""
+        if job.method.startswith("trl_"):
+            return float((self.folder / "trl" / job.name / "seconds.txt").read_text())
+        lines = (self.folder / "runs" / job.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return float(sum(json.loads(line).get("time/step_seconds", 0.0) for line in lines))
 
     def _trl(self, job: Job) -> tuple[float, int]:
         """TRL's trainer in a process of its own; its policy is left in ``trl/NAME``."""
@@ -182,10 +194,10 @@ def table(bench: Bench, steps: int, prompts: int) -> list[dict[str, Any]]:
 
 
 def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    print(f"\n{'objective':32s}{'gold':>8s}{'reward':>8s}{'KL':>7s}{'tokens':>8s}{'seconds':>9s}{'MiB':>7s}")
+    print(f"\n{'objective':32s}{'gold':>8s}{'reward':>8s}{'KL':>7s}{'tokens':>8s}{'training s':>12s}{'MiB':>7s}")
     for row in rows:
         figures = f"{row['gold']:8.3f}{row['reward']:8.3f}{row['kl']:7.2f}{row['tokens']:8.1f}"
-        print(f"{row['method']:32s}{figures}{row['seconds']:9.1f}{row['peak_mib']:7d}")
+        print(f"{row['method']:32s}{figures}{row['step_seconds']:12.1f}{row['peak_mib']:7d}")
 
 
 # --- the frontiers ---------------------------------------------------------------------------------------------------
@@ -196,8 +208,16 @@ def frontier_job(method: str, lr: float, beta: float, seed: int) -> Job:
 
 
 def best_rate(bench: Bench, method: str) -> float:
-    """The rate of ``RATES`` that ends with the highest gold on the tuning seed, which no comparison uses."""
-    return max(RATES, key=lambda lr: bench.row(frontier_job(method, lr, TUNING_BETA, TUNING_SEED))["gold"])
+    """The rate that ends with the highest gold on the tuning seed, which no comparison uses: of ``RATES``, which go on by
+    factors of 2 while the last is the best."""
+    rates = list(RATES)
+
+    def gold(lr: float) -> float:
+        return float(bench.row(frontier_job(method, lr, TUNING_BETA, TUNING_SEED))["gold"])
+
+    while max(rates, key=gold) == rates[-1] and len(rates) < len(RATES) + 2:
+        rates.append(2 * rates[-1])
+    return max(rates, key=gold)
 
 
 def interpolated(points: Sequence[tuple[float, float]], at: float) -> float | None:
@@ -223,12 +243,12 @@ def compared(
     for root in ROOTS:
         pairs = [(ours[seed][root], other[seed][root]) for seed in ours if seed in other]
         differences = [a - b for a, b in pairs if a is not None and b is not None]
-        if len(differences) < 2:
-            found.append({"root_kl": root, "seeds": len(differences), "verdict": "not reached by both"})
+        if len(differences) < max(2, len(pairs)):  # those that get there are not any seeds
+            found.append({"root_kl": root, "seeds": len(differences), "verdict": "not reached by every seed"})
             continue
         mean = sum(differences) / len(differences)
         spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (len(differences) - 1))
-        half = T975[len(differences)] * spread / math.sqrt(len(differences))
+        half = T975[len(differences) - 2] * spread / math.sqrt(len(differences))
         found.append(
             {
                 "root_kl": root,
@@ -307,7 +327,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="of each run of the table (default 5)")
     parser.add_argument("--prompts", type=int, default=16, help="of each step of the table (default 16)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="2 to 10")
     given = parser.parse_args()
     bench = Bench.at(given.folder)
     bench.models()

@@ -4,8 +4,9 @@
 
 Run in a folder that has runs/quickstart-sft/final and runs/quickstart-reward/final. The reward model is handed over as
 a callable: TRL's own path encodes the reward model's text without BOS and EOS. What is the same: weights, prompts, chat
-template, completions a step, leave-one-out baseline, KL in the reward, sums over tokens, AdamW (ε 1e-8, no decay), norm
-clipping, warm-up and linear schedule, no dropout, no top-k. What is not: the order of prompts and the sampling noise.
+template, completions a step (dpo: pairs a step, on average), leave-one-out baseline, KL in the reward, token sums, AdamW
+(ε 1e-8, no decay), norm clipping, our learning rate at every step, no dropout, no top-k. What is not: the order of
+prompts and the sampling noise; and dpo's completions end in a newline after the stop token, as the template has it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DS_ACCELERATOR="cpu")
 
 import argparse
+import time
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -32,20 +34,21 @@ from rlhf.data import quickstart
 from rlhf.models.load import load_causal_lm, load_tokenizer
 from rlhf.rewards.model import load_reward_model
 from rlhf.rollout import Prompt, Turn
+from rlhf.runtime.schedule import learning_rate_schedule
 
 SFT, JUDGE = "runs/quickstart-sft/final", "runs/quickstart-reward/final"
 MISSING_EOS = -1.0  # the recipe's
 
 
-def reward_function(eos: int) -> Any:
-    """Our reward model as TRL calls rewards; a completion without its stop token gets what the recipe says."""
+def reward_function(stops: set[int]) -> Any:
+    """Our reward model as TRL calls rewards; a completion without a stop token gets what the recipe says."""
     judge = load_reward_model(JUDGE, device="cpu")
 
     def score(prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
         asked = [Prompt(row_id=0, turns=tuple(Turn(**turn) for turn in prompt)) for prompt in prompts]
         texts = [completion[0]["content"] for completion in completions]
         found = judge.score_texts(asked, texts).tolist()
-        return [value if eos in ids else MISSING_EOS for value, ids in zip(found, completion_ids, strict=True)]
+        return [v if stops & set(ids) else MISSING_EOS for v, ids in zip(found, completion_ids, strict=True)]
 
     return score
 
@@ -61,8 +64,6 @@ def common(given: argparse.Namespace, rows: int) -> dict[str, Any]:
         max_steps=given.steps,
         beta=given.beta,
         learning_rate=given.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=round(0.05 * given.steps),
         max_grad_norm=1.0,
         weight_decay=0.0,
         adam_epsilon=1e-8,
@@ -77,11 +78,21 @@ def common(given: argparse.Namespace, rows: int) -> dict[str, Any]:
     )
 
 
+def optimizers(given: argparse.Namespace, model: PreTrainedModel) -> Any:
+    """Adam with the rate of our schedule at every step: transformers' own starts its warm-up at 0."""
+    rate = learning_rate_schedule(given.lr, "linear", total_steps=given.steps, warmup_ratio=0.05)
+    adam = torch.optim.AdamW(model.parameters(), lr=given.lr, eps=1e-8, weight_decay=0.0)
+    return adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda done: rate(min(done + 1, given.steps)) / given.lr)
+
+
 def rloo(given: argparse.Namespace, tokenizer: Any) -> Any:
     prompts = [row["prompt"] for row in quickstart.preferences()]
+    model = policy()
+    stops: Any = cast(Any, model.generation_config).eos_token_id
     return RLOOTrainer(
-        model=policy(),
-        reward_funcs=reward_function(tokenizer.eos_token_id),
+        model=model,
+        optimizers=optimizers(given, model),
+        reward_funcs=reward_function(set(stops)),
         args=RLOOConfig(
             **common(given, 4 * given.prompts),
             num_generations=4,
@@ -100,10 +111,13 @@ def rloo(given: argparse.Namespace, tokenizer: Any) -> Any:
 
 def dpo(given: argparse.Namespace, tokenizer: Any) -> Any:
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in quickstart.preferences()]
+    pairs = round(given.prompts * len(rows) / len({str(row["prompt"]) for row in rows}))  # ours takes all of a prompt
+    model = policy()
     return DPOTrainer(
-        model=policy(),
+        model=model,
+        optimizers=optimizers(given, model),
         ref_model=policy(),
-        args=DPOConfig(**common(given, given.prompts), max_length=256),
+        args=DPOConfig(**common(given, pairs), max_length=256),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
@@ -123,9 +137,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     torch.manual_seed(given.seed)
     tokenizer = load_tokenizer(SFT)
-    tokenizer.eos_token = "<end_of_turn>"  # TRL cuts completions at the tokenizer's stop token, and knows one
+    tokenizer.eos_token = "<end_of_turn>"  # what ends a reply in this template
     trainer = {"rloo": rloo, "dpo": dpo}[given.trainer](given, tokenizer)
+    started = time.monotonic()
     trainer.train()
+    (given.out / "seconds.txt").write_text(f"{time.monotonic() - started:.2f}\n")
     trainer.model.save_pretrained(given.out)
     load_tokenizer(SFT).save_pretrained(given.out)
 
