@@ -7,12 +7,13 @@ Both train the quickstart's SFT model and reward model once (seed 42) and give e
 model and number of completions. TRL's trainers (dev extra) start from the same weights and are handed the same reward
 as a callable; all are judged by one evaluation: 128 held-out prompts, the same sampling noise before and after.
 
-The table: gold score, KL, length, seconds and memory of one short run of each. The frontiers: `METHODS` (`reinforce` is
-leave-one-out with the exact KL), each with the learning rate that does best on the tuning seed, on `SEEDS` fresh seeds at
-every β of `BETAS`. Gold is interpolated in √KL between the runs of a seed: chords of a concave curve, so a method whose
-runs lie far from a root is judged a little low. Differences between methods are paired by seed, given one SFT model, one
-reward model and one set of held-out prompts, and not corrected for their number. `MARGIN` was set before the first run.
-Every finished run is a line of results/objectives_runs.jsonl, and a run that has one is not run again.
+The table: gold score, KL, length, seconds and memory of one short run of each. The frontiers: `METHODS` (`reinforce`
+is leave-one-out with the exact KL), each with the learning rate that does best on the tuning seed, on `SEEDS` fresh
+seeds at every β of `BETAS`. Gold is interpolated in √KL between the runs of a seed: chords of a concave curve, so a
+method whose runs lie far from a root is judged a little low. Differences between methods are paired by seed, given
+one SFT model, one reward model and one set of held-out prompts, and not corrected for their number. `MARGIN` was set
+before the first run. Every finished run is a line of results/objectives_runs.jsonl, and a run that has one is not run
+again.
 
 Writes results/objectives.json and docs/images/objectives.png.
 """
@@ -208,8 +209,8 @@ def frontier_job(method: str, lr: float, beta: float, seed: int) -> Job:
 
 
 def best_rate(bench: Bench, method: str) -> float:
-    """The rate that ends with the highest gold on the tuning seed, which no comparison uses: of ``RATES``, which go on by
-    factors of 2 while the last is the best."""
+    """The rate that ends with the highest gold on the tuning seed, which no comparison uses: of ``RATES``, which go on
+    by factors of 2 while the last is the best."""
     rates = list(RATES)
 
     def gold(lr: float) -> float:

@@ -131,7 +131,6 @@ def reference(recipe: Recipe, policy: ScoredModel, runtime: Runtime) -> FrozenRe
     moves = settings.ema > 0 or settings.reset_steps is not None
     if settings.path is not None:
         model = load.load_causal_lm(settings.path, attention=recipe.policy.attention, what="reference.path")
-        model = _adapted(recipe, model, "CAUSAL_LM") if moves else model  # its weights have the policy's names
     elif recipe.policy.lora is not None and not moves:
         return None
     else:
@@ -141,7 +140,9 @@ def reference(recipe: Recipe, policy: ScoredModel, runtime: Runtime) -> FrozenRe
         return FrozenReference(scored)
     if runtime.sharded:
         raise UserError("reference.ema and reset_steps read whole weights, which ZeRO-3 shards: use ZeRO-2, or set 0")
-    return MovingReference(scored, policy, settings.ema if settings.ema > 0 else 1.0, settings.reset_steps)
+    follower = MovingReference(scored, policy, settings.ema if settings.ema > 0 else 1.0, settings.reset_steps)
+    follower.refuse_strangers()
+    return follower
 
 
 def updater(
@@ -173,7 +174,7 @@ def updater(
     settings = recipe.trpo
     known = {item.name: getattr(plain, item.name) for item in fields(plain)}
     return step_size.TrustRegion(
-        **known,
+        **{**known, "learning_rate": lambda step: 0.0, "max_grad_norm": None},  # neither has a part in its steps
         before=before,
         max_kl=settings.max_kl,
         damping=settings.damping,

@@ -138,6 +138,7 @@ def build(recipe: Recipe, session: Session) -> Job:
         instruction=_instruction(recipe, runtime, anchor, mixed),
         evaluation=evaluation(recipe, session, tokenizer, wrapped, anchor, judges, held_out, steps),
         steps=steps,
+        seed=recipe.run.seed,
         samples_logged=recipe.tracking.samples,
     )
     return Job(train=partial(program.train, run), model=wrapped, optimizer=optimizer, tokenizer=tokenizer, steps=steps)

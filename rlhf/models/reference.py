@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rlhf.errors import UserError
 from rlhf.interfaces import StatsRequest, TokenStats
 from rlhf.models.head import ChunkedHead, ReferenceStates
 from rlhf.models.layout import Rows
@@ -67,6 +68,16 @@ class MovingReference(FrozenReference):
         if decay < 1:
             for name, own in self.moving().items():
                 own.lerp_(self.policy.causal_lm.get_parameter(name).to(own.dtype), 1 - decay)
+
+    def refuse_strangers(self) -> None:
+        """Raises UserError where the policy's weights have no counterpart here: it could not follow."""
+        own = {name: tuple(value.shape) for name, value in self.model.causal_lm.named_parameters()}
+        for name, parameter in self.policy.causal_lm.named_parameters():
+            if parameter.requires_grad and own.get(name) != tuple(parameter.shape):
+                raise UserError(
+                    f"reference.path is another architecture than policy.path ({name}: {own.get(name)} against "
+                    f"{tuple(parameter.shape)}), so it cannot follow it; set reference.ema=0 and reset_steps=null"
+                )
 
     def moving(self) -> dict[str, Tensor]:
         """The weights that move, by the policy's names: what a checkpoint must hold of it."""

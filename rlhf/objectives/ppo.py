@@ -70,9 +70,10 @@ class Ppo:
         advantages, targets = returns.gae(rewards, rollout.values, rollout.completion_mask, self.gamma, self.gae_lambda)
         if self.whiten_advantages:
             advantages = baselines.whitened(advantages, mask, total=collective.sum)
-        if state.step < self.warmup_steps:
+        warming = state.step < self.warmup_steps
+        if warming:
             advantages = torch.zeros_like(advantages)  # no gradient, and Adam does not move what has never had one
-        if self.target is not None:
+        if self.target is not None and not warming:
             next_beta = kl.adapted_beta(beta, _mean_kl(rollout, collective), self.target)
             state, rollout = replace(state, beta=next_beta), replace(rollout, beta=beta)
         return replace(rollout, advantages=advantages, returns=targets), state

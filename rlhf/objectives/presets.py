@@ -156,7 +156,7 @@ OBJECTIVES: Mapping[str, Preset] = MappingProxyType(
         "trpo": Preset(
             target="rlhf.objectives.reinforce:Reinforce",
             formula="reinforce's gradient g, stepped along (F + λI)⁻¹g as far as KL(π_new‖π_old) ≤ trpo.max_kl",
-            needs=(*_SAMPLED, "memory for seven copies of the trained weights (policy.lora makes them small)"),
+            needs=(*_SAMPLED, "memory for nine copies of the trained weights (policy.lora makes them small)"),
             program="policy",
             sections=frozenset({*POLICY_SECTIONS, "reinforce", "trpo"}),
             settings=_REINFORCE,

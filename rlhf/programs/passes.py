@@ -29,13 +29,13 @@ def passes_of(objective: PolicyObjective) -> Passes:
     return found
 
 
-def parts(rollout: Rollout, passes: Passes, step: int, epoch: int) -> Iterator[Rollout]:
-    """The rollout of each optimizer step of an epoch: whole groups, dealt anew as a function of step and epoch."""
+def parts(rollout: Rollout, passes: Passes, seed: int, step: int, epoch: int) -> Iterator[Rollout]:
+    """The rollout of each optimizer step of an epoch: whole groups, dealt as a function of seed, step and epoch."""
     if passes.minibatches == 1:
         yield rollout
         return
     groups = sorted(set(rollout.group.tolist()))
-    order = epoch_permutation(len(groups), step, epoch)
+    order = epoch_permutation(len(groups), seed, step * passes.epochs + epoch)
     for first in range(passes.minibatches):
         chosen = torch.tensor([groups[i] for i in order[first :: passes.minibatches]], device=rollout.group.device)
         yield rollout.select(torch.nonzero(torch.isin(rollout.group, chosen))[:, 0])
@@ -66,7 +66,8 @@ def metrics(
     from the policy that sampled."""
     passes = passes_of(objective)
     rows = [measure.update_metrics(update.report, max_grad_norm) for update in updates]
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)  # a step that was skipped was not measured
+    means = {name: _mean([row[name] for row in rows if name in row]) for name in names}
     means["optim/lr"] = rows[-1]["optim/lr"]
     if passes.updates > 1:
         means["optim/updates"] = float(len(updates))
@@ -74,6 +75,10 @@ def metrics(
     tell = getattr(objective, "diagnostics", None)
     told = [tell(each.report.stats[0], each.part) for each in updates] if tell is not None else [{}]
     return {**means, **(measure.global_means(_joined(told), collective) if told[0] else {})}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _joined(told: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:

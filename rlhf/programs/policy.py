@@ -34,9 +34,9 @@ def train(run: PolicyRun, state: TrainState) -> TrainState:
         completions, tokens = measure.totals(rollout, runtime)
         state = state.after(step, updates=len(updates), rows=completions, tokens=tokens)
         stats = passes.on_policy_stats(rollout, updates)
-        run.reference.follow(step)  # where it moves
         session.log(step, {**metrics(run, rollout, stats, updates, step), **clock.metrics(completions, tokens)})
         session.samples(step, partial(sample_rows, rollout, stats, run.samples_logged, run.rewards.extras()))
+        run.reference.follow(step)  # where it moves
         run.evaluation.maybe(run.model, step)
         session.guard.check(step, applied=all(each.report.applied for each in updates))
         session.checkpoint(step, state, run.model, run.updater.optimizer, last=step == run.steps)
@@ -50,7 +50,7 @@ def update(run: PolicyRun, rollout: Rollout, step: int) -> list[passes.Update]:
     for epoch in range(plan.epochs):
         if epoch and plan.stop_kl is not None and needs.drift(run, rollout) > plan.stop_kl:
             break
-        for part in passes.parts(rollout, plan, step, epoch):
+        for part in passes.parts(rollout, plan, run.seed, step, epoch):
             place = (step - 1) * plan.updates + len(updates) + 1
             updates.append(passes.Update(part, run.updater.step(terms(run, part, step), place)))
     return updates

@@ -47,6 +47,7 @@ class PolicyRun:
     instruction: InstructionStream | None
     evaluation: Evaluation
     steps: int
+    seed: int
     samples_logged: int
 
 

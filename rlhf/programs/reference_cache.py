@@ -7,17 +7,22 @@ part of the name because two layouts of one row agree to rounding only, and a ru
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf.interfaces import StatsRequest
 from rlhf.models.layout import plain_rows
+from rlhf.models.load import base_model
 from rlhf.models.reference import Reference
 from rlhf.objectives.dpo import ReferencedPairs
 from rlhf.objectives.supervised import PairBatch
@@ -34,7 +39,8 @@ class ReferenceCache:
     """A step's pairs with the reference's log-probabilities at temperature 1.
 
     known: of each completion (prompt and completion ids, hashed) its [length] nats. A completion that is not there
-    (labelled text is paired anew each epoch) is computed when it comes.
+    (labelled text is paired anew each epoch) is computed when it comes, each time: what a step reads does not depend on
+    the steps before it.
     """
 
     pairs: ShuffledPairs
@@ -47,17 +53,18 @@ class ReferenceCache:
         batch = self.pairs.at(step).to(self.runtime.device)
         digests = row_digests(batch)
         missing = torch.tensor(any(digest not in self.known for digest in digests), device=self.runtime.device)
+        found = self.known
         if int(self.runtime.max(missing.long())):  # every rank computes or none: forwards may be collective
-            self._compute(batch, digests)
-        return _with(batch, [self.known[digest] for digest in digests])
+            found = {**self._compute(batch, digests), **self.known}
+        return _with(batch, [found[digest] for digest in digests])
 
-    def _compute(self, batch: PairBatch, digests: list[Digest]) -> None:
+    def _compute(self, batch: PairBatch, digests: list[Digest]) -> dict[Digest, Tensor]:
         request, budget = StatsRequest(), self.microbatch_tokens
         found = microbatches.score(
             batch, lambda part: self.reference.stats(plain_rows(part), request), budget, self.runtime
         )
-        for digest, row, mask in zip(digests, found.logprobs, batch.completion_mask, strict=True):
-            self.known.setdefault(digest, row[mask].cpu())
+        rows = zip(digests, found.logprobs, batch.completion_mask, strict=True)
+        return {digest: row[mask].cpu() for digest, row, mask in rows}
 
     def fill(self, folder: Path, weights: str, steps: int, note: Callable[[str], None]) -> None:
         """The completions of a run's ``steps``, of its first epoch at most: from the file of that name in ``folder``,
@@ -72,14 +79,19 @@ class ReferenceCache:
             note(f"reference: log-probabilities of {len(self.known)} completions read from {path}")
             return
         started = time.monotonic()
+        computed: dict[Digest, Tensor] = {}
         for step in places:
-            self.at(step)
-        for part in self.runtime.gather_objects(self.known):
+            batch = self.pairs.at(step).to(self.runtime.device)
+            computed = {**self._compute(batch, row_digests(batch)), **computed}
+        for part in self.runtime.gather_objects(computed):
             self.known.update(part)
-        if self.runtime.main:
-            _write(path, self.known)
         seconds = time.monotonic() - started
         note(f"reference: log-probabilities of {len(self.known)} completions computed in {seconds:.0f} s")
+        if self.runtime.main:
+            try:
+                _write(path, self.known)
+            except (OSError, SafetensorError) as error:
+                note(f"they could not be kept for the next run in {path}: {error}")
 
     def _name(self, weights: str, steps: Iterable[int]) -> str:
         """What the content depends on: weights, rows in their batches, and how those are cut."""
@@ -113,8 +125,13 @@ def row_digests(batch: PairBatch) -> list[Digest]:
 
 
 def weights_digest(model: nn.Module, dtype: torch.dtype) -> str:
-    """SHA-256 over the names and bytes of everything in a model that is not an adapter's, and the compute type."""
-    digest = hashlib.sha256(str(dtype).encode())
+    """SHA-256 over what a forward depends on: configuration, attention kernel, compute type, device, library versions,
+    and the names and bytes of everything that is not an adapter's."""
+    config = cast(Any, base_model(model)).config
+    kernel = getattr(config, "_attn_implementation", None)
+    device = next(model.parameters()).device.type
+    setting = (config.to_json_string(), kernel, dtype, device, torch.__version__, transformers.__version__)
+    digest = hashlib.sha256(repr(setting).encode())
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:
             digest.update(name.replace(".base_layer.", ".").encode())
@@ -133,7 +150,7 @@ def _with(batch: PairBatch, rows: list[Tensor]) -> ReferencedPairs:
 def _write(path: Path, known: dict[Digest, Tensor]) -> None:
     """Whole or not at all: other runs may look for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(".part")
+    staged = path.with_suffix(f".{os.getpid()}.part")  # runs of one sweep may write the same file at once
     digests = torch.frombuffer(bytearray(b"".join(known)), dtype=torch.uint8).view(-1, _DIGEST_BYTES)
     lengths = torch.tensor([len(row) for row in known.values()])
     save_file({"digests": digests, "lengths": lengths, "logprobs": torch.cat(list(known.values()))}, staged)

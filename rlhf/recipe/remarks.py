@@ -44,6 +44,16 @@ def known_distortions(recipe: Recipe) -> Iterator[str]:
 
 
 @remark
+def settings_without_effect(recipe: Recipe) -> Iterator[str]:
+    optim = [f"optim.{name}" for name in ("lr", "schedule", "warmup_ratio", "max_grad_norm", "eps")]
+    given = [key for key in optim if key.partition(".")[2] in recipe.optim.model_fields_set]
+    if recipe.objective == "trpo" and given:
+        yield f"trpo does not read {', '.join(given)}: trpo.max_kl decides how far a step goes"
+    if reads(recipe, "ppo") and recipe.objective in OBJECTIVES and recipe.ppo.stop_kl and recipe.ppo.epochs == 1:
+        yield "ppo.stop_kl ends the passes over a rollout, and there is one: it has no effect"
+
+
+@remark
 def one_kind_of_kl(recipe: Recipe) -> Iterator[str]:
     """Objectives outside the REINFORCE family know the sampled KL alone; their recipe may have been made for it."""
     if not on_policy(recipe) or family(recipe) or recipe.objective not in OBJECTIVES:

@@ -155,6 +155,11 @@ def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             ("reference", moves), f"{recipe.objective} on the data's pairs knows one reference, which stands still"
         )
+    if moves is not None and recipe.reference.path is not None and recipe.policy.lora is not None:
+        yield Problem(
+            ("reference", moves),
+            "moves an adapter, and reference.path has another base below it; remove one of the two",
+        )
     if recipe.reference.placement not in ("auto", "replicate"):
         yield Problem(("reference", "placement"), f"{recipe.reference.placement} is not in this version; set auto")
 
@@ -245,9 +250,16 @@ def the_best_needs_rivals(recipe: Recipe) -> Iterator[Problem]:
 def the_critic_can_be_made(recipe: Recipe) -> Iterator[Problem]:
     if not reads(recipe, "value") or is_dotted(recipe.objective):
         return
-    scratch, own = recipe.policy.scratch, not recipe.value.shared
-    if own and scratch is not None and scratch.family == "gemma4" and not recipe.reward.models:
+    scratch, settings = recipe.policy.scratch, recipe.value
+    of_policy = not settings.shared and (settings.init != "reward" or not recipe.reward.models)
+    if of_policy and scratch is not None and scratch.family == "gemma4":
         yield Problem(("policy", "scratch", "family"), "gemma4 has no class with a scalar head; use gemma3")
+    if settings.shared and settings.warmup_steps:
+        yield Problem(
+            ("value", "warmup_steps"), "a shared critic's loss trains the policy's trunk from the second step; set 0"
+        )
+    if recipe.run.steps is not None and settings.warmup_steps >= recipe.run.steps:
+        yield Problem(("value", "warmup_steps"), f"all {recipe.run.steps} steps: the policy would never be trained")
     if recipe.ppo.minibatches > recipe.batch.prompts_per_step:
         yield Problem(
             ("ppo", "minibatches"), f"{recipe.ppo.minibatches} parts of {recipe.batch.prompts_per_step} prompts"
@@ -306,6 +318,12 @@ def natural_gradients_need_exact_arithmetic(recipe: Recipe) -> Iterator[Problem]
         yield Problem(
             ("policy", "compute_dtype"),
             "trpo takes differences of gradients, which bfloat16's 8 bits round away; set float32",
+        )
+    if recipe.objective == "trpo" and recipe.instruction.coefficient > 0:
+        yield Problem(
+            ("instruction", "coefficient"),
+            "trpo measures its steps on the rollout, and this term steps in directions that the rollout does not see; "
+            "set 0, or take reinforce with optim.kl_step_limit",
         )
     if recipe.objective == "trpo" and recipe.reinforce.updates_per_rollout > 1:
         yield Problem(("reinforce", "updates_per_rollout"), "trpo takes one step a rollout, as far as it may; set 1")

@@ -6,6 +6,8 @@ over a completion and averaged over completions: nats a completion. A sampled es
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +32,7 @@ from rlhf.runtime.updater import Applied, PolicyForward, Term, Updater
 # (Transformers' RMSNorm computes in fp32 whatever the weights are, so float64 gains little from a shorter one.)
 _PROBE = {torch.float32: 3e-4, torch.float64: 1e-4}
 _SLACK = 1.05  # a limit kept to 5 % is kept
-VECTORS = 7  # copies of the trained weights beside the weights and their gradient that TrustRegion holds at its peak
+VECTORS = 9  # copies of the trained weights beside the weights and their gradient that TrustRegion holds at its peak
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,17 @@ class Before:
             now.copy_(torch.lerp(before, now, share))
 
     @torch.no_grad()
-    def place(self, step: Tensor) -> None:
-        """w ← w_before + step, a vector over all of ``weights``."""
+    def place(self, step: Tensor, share: float = 1.0) -> None:
+        """w ← w_before + share·step, a vector over all of ``weights``."""
         parts = torch.split(step, [now.numel() for now, _ in self.weights()])
         for (now, before), part in zip(self.weights(), parts, strict=True):
-            now.copy_(before + part.view_as(before))
+            torch.add(before, part.view_as(before), alpha=share, out=now)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """w ← w_before, whatever has become of w."""
+        for now, before in self.weights():
+            now.copy_(before)
 
     def kl(self, batch: TokenBatch, temperature: float) -> float:
         """Nats a completion, over all processes."""
@@ -107,7 +115,7 @@ def refuse_shards(runtime: Runtime) -> None:
 def refuse_lack_of_memory(policy: nn.Module, runtime: Runtime) -> None:
     """Raises UserError where the vectors of TrustRegion would not fit beside what is loaded."""
     trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
-    free = _free_bytes(runtime)
+    free = -int(runtime.max(torch.tensor(-_free_bytes(runtime), device=runtime.device)))  # the least, on every rank
     if VECTORS * trained > free:
         raise UserError(
             f"trpo holds {VECTORS} copies of the trained weights: {VECTORS * trained / 2**30:.1f} GiB, and "
@@ -116,9 +124,10 @@ def refuse_lack_of_memory(policy: nn.Module, runtime: Runtime) -> None:
 
 
 def _free_bytes(runtime: Runtime) -> int:
+    """For this process: the processes of a machine share its memory."""
     if runtime.device.type == "cuda":
         return int(torch.cuda.mem_get_info(runtime.device)[0])
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,8 @@ class KlLimit:
     """Shortens an optimizer's step by √(limit/KL) while it moves the policy by more than ``limit`` nats a completion.
 
     Near π_old the KL is quadratic in the step, so once is enough for a step that is a little too long; one that is far
-    too long is measured and shortened up to four times. The optimizer's moments are left as they are.
+    too long is measured and shortened up to four times. A step after which the KL is no number is undone. The
+    optimizer's moments are left as they are.
     """
 
     before: Before
@@ -140,6 +150,9 @@ class KlLimit:
         for _ in range(4):
             if found <= self.limit * _SLACK:
                 break
+            if not math.isfinite(found):
+                self.before.undo()
+                return {"optim/step_kl": 0.0, "optim/step_share": 0.0}
             cut = (self.limit / found) ** 0.5
             self.before.keep(cut)
             share, found = share * cut, self.before.kl(batch, temperature)
@@ -173,7 +186,8 @@ class TrustRegion(Updater):
 
     F is the Fisher matrix of the rollout's positions. Its products come from central differences of the gradient of
     the exact KL, so any attention kernel and the chunked head will do: F·v = (∇KL(w + εv) − ∇KL(w − εv)) / 2ε. The
-    learning rate is not read; ``optim/step_share`` is the share of the quadratic model's step that was kept.
+    line search asks for the KL alone, not for a better surrogate. The learning rate is not read; ``optim/step_share``
+    is the share of the quadratic model's step that was kept.
     """
 
     before: Before | None = None
@@ -191,43 +205,45 @@ class TrustRegion(Updater):
             return Applied(norm, norm == 0)
         self.before.remember()
         direction = self.natural_direction(gradient, terms[0])
-        full = (2 * self.max_kl / float(direction @ gradient)) ** 0.5
-        return self._line_search(-full * direction, terms[0], norm)
+        if not float(direction @ gradient) > 0:  # rounding had the word in every product
+            direction = gradient / self.damping
+        direction *= -((2 * self.max_kl / float(direction @ gradient)) ** 0.5)
+        return self._line_search(direction, terms[0], norm)
 
     def natural_direction(self, gradient: Tensor, term: Term) -> Tensor:
         """(F + damping·I)⁻¹·gradient by conjugate gradient; leaves the weights at ``before``."""
         assert self.before is not None
-        weights = torch.nn.utils.parameters_to_vector([old for _, old in self.before.weights()])
-        probe = _PROBE[weights.dtype] * float(weights.norm())
+        norm = float(torch.stack([old.norm() for _, old in self.before.weights()]).norm())
 
         def product(vector: Tensor) -> Tensor:
-            step = vector * (probe / float(vector.norm()))
-            difference = self._kl_gradient(step, term) - self._kl_gradient(-step, term)
-            return difference * (float(vector.norm()) / (2 * probe)) + self.damping * vector
+            step = _PROBE[vector.dtype] * norm / float(vector.norm())
+            difference = self._kl_gradient(vector, step, term)
+            difference -= self._kl_gradient(vector, -step, term)
+            return difference.div_(2 * step).add_(vector, alpha=self.damping)
 
         found = conjugate_gradient(product, gradient, self.iterations)
-        self.before.place(torch.zeros_like(gradient))
+        self.before.undo()
         return found
 
-    def _kl_gradient(self, step: Tensor, term: Term) -> Tensor:
-        """∇KL(π‖π_old) at w_before + step."""
+    def _kl_gradient(self, vector: Tensor, step: float, term: Term) -> Tensor:
+        """∇KL(π‖π_old) at w_before + step·vector."""
         assert self.before is not None
-        self.before.place(step)
+        self.before.place(vector, step)
         objective: Objective = StepKl(temperature=term.objective.request.temperature)  # type: ignore[assignment]
         self.accumulate([Term(objective=objective, batch=term.batch)], PolicyForward(self.before.old))
         return _taken([now for now, _ in self.before.weights()])
 
     def _line_search(self, step: Tensor, term: Term, norm: float) -> Applied:
-        """Halves the step until it fits; where none does the weights stay as they were."""
+        """Halves the step until it fits; where none does the weights stay as they were (share 0)."""
         assert self.before is not None
         for halvings in range(self.backtracks + 1):
             share = 0.5**halvings
-            self.before.place(step * share)
+            self.before.place(step, share)
             found = self.before.kl(term.batch, term.objective.request.temperature)
             if found <= self.max_kl:
                 return Applied(norm, True, {"optim/step_kl": found, "optim/step_share": share})
-        self.before.place(torch.zeros_like(step))
-        return Applied(norm, False, {"optim/step_kl": 0.0, "optim/step_share": 0.0})
+        self.before.undo()
+        return Applied(norm, True, {"optim/step_kl": 0.0, "optim/step_share": 0.0})
 
 
 def _taken(weights: Sequence[nn.Parameter]) -> Tensor:

@@ -22,7 +22,7 @@ from rlhf.assemble.policy import objective
 from rlhf.errors import ExitCode, UserError
 from rlhf.objectives.presets import OBJECTIVES
 from rlhf.objectives.reinforce import Reinforce
-from rlhf.recipe import load_recipe, sections
+from rlhf.recipe import Recipe, load_recipe, sections
 
 SCRATCH = "{scratch: {family: gemma, layers: 1, hidden_size: 32, heads: 2, vocab_size: 512}, compute_dtype: float32}"
 # The schedule's horizon is the run's own two steps; the first has the full learning rate.
@@ -247,13 +247,34 @@ def test_a_reward_function_of_trl_runs_as_it_is(recipe: str, sft: Path) -> None:
     assert all(row["reward/valid_rate"] == 1.0 for row in run.metrics)
 
 
+# A value of its own for every key that fills a field, so that two keys cannot be mixed up.
+VALUES: dict[str, Any] = {
+    **{"kl.beta": 0.31, "kl.target": 7.0, "kl.estimator": "exact", "kl.credit": "to_go", "kl.loss_beta": 0.17},
+    **{"kl.loss_estimator": "k3", "rollout.temperature": 0.9, "reinforce.baseline": "shrinkage"},
+    **{"reinforce.divide_by": "group_std", "reinforce.average": "tokens", "reinforce.skip_zero_variance": True},
+    **{"reinforce.updates_per_rollout": 2, "reinforce.importance_cap": 3.5, "reinforce.importance": "mask"},
+    **{"value.warmup_steps": 1, "value.clip": 0.23, "value.coefficient": 0.29, "ppo.clip": 0.11, "ppo.gamma": 0.97},
+    **{"ppo.gae_lambda": 0.91, "ppo.epochs": 3, "ppo.minibatches": 4, "ppo.stop_kl": 0.37, "ppo.whiten_rewards": True},
+    **{"ppo.whiten_advantages": True, "dpo.loss": "ipo", "dpo.labels": "hard", "dpo.beta": 0.41},
+    **{"dpo.label_smoothing": 0.13, "simpo.beta": 2.3, "simpo.margin": 0.7},
+}
+
+
 def test_every_field_of_every_objective_is_filled(recipe: str) -> None:
-    """The table names no key that is not there, and what is pinned arrives."""
-    for name in [*FAMILY, "dpo"]:
-        made = objective(load_recipe(recipe, [f"objective={name}"]))
+    plain = load_recipe(recipe)
+    for name, entry in OBJECTIVES.items():
+        if entry.settings is None:
+            continue
+        keys = {key for names in entry.settings.values() for key in names}
+        changed = plain.model_dump(mode="json") | {"objective": name}
+        for key in keys:
+            section, _, field = key.partition(".")
+            changed[section] = {**changed[section], field: entry.pins.get(key, VALUES[key])}
+        made = objective(Recipe.model_validate_json(json.dumps(changed)))
         assert made.name == name
-        pins = {key.partition(".")[2]: value for key, value in OBJECTIVES[name].pins.items()}
-        assert {field: getattr(made, field) for field in pins} == pins
+        for field, names in entry.settings.items():
+            assert getattr(made, field) == entry.pins.get(names[0], VALUES[names[0]]), (name, field)
+    assert objective(load_recipe(recipe, ["objective=dpo", "kl.beta=0.3"])).beta == 0.3  # type: ignore[attr-defined]
 
 
 FAMILY = [name for name, entry in OBJECTIVES.items() if entry.program == "policy"]  # dpo has tests of its own
@@ -385,14 +406,20 @@ def test_ppo_stops_its_passes_where_the_policy_has_gone_too_far(recipe: str, sft
 
 
 def test_the_critic_alone_is_trained_first(recipe: str, sft: Path) -> None:
-    settings = ("objective=a2c", "value.warmup_steps=2", "checkpoint.every_steps=1", "checkpoint.keep=2")
+    settings = ("objective=a2c", "value.warmup_steps=2", "run.steps=3", "checkpoint.keep=3")
     assert rlhf.train(recipe, *settings) == ExitCode.DONE
     run = Run(Path("runs") / "tiny-a2c")
-    before = AutoModelForCausalLM.from_pretrained(sft).state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in run.weights.items())
-    first, second = (load_file(path / "model.safetensors") for path in sorted((run.path / "checkpoints").iterdir()))
-    moved = [name for name in first if not torch.equal(first[name], second[name])]
-    assert moved and all(name.startswith("critic.") for name in moved)
+    before = {f"causal_lm.{n}": v for n, v in AutoModelForCausalLM.from_pretrained(sft).state_dict().items()}
+    first, second, third = (load_file(p / "model.safetensors") for p in sorted((run.path / "checkpoints").iterdir()))
+    for earlier, later, learns in ((before, second, False), (first, second, False), (second, third, True)):
+        moved = [name for name in later if name in earlier and not torch.equal(earlier[name], later[name])]
+        assert any(name.startswith("causal_lm.") for name in moved) is learns
+    assert any(not torch.equal(first[name], second[name]) for name in first if name.startswith("critic."))
+    # Stopped during the warm-up and resumed, it ends where it would have ended
+    assert rlhf.train(recipe, *settings, "run.name=halved", "run.max_seconds=1e-9") == ExitCode.PREEMPTED
+    assert rlhf.train(recipe, *settings, "run.name=halved") == ExitCode.DONE
+    halved = Run(Path("runs") / "halved-a2c").weights
+    assert all(torch.equal(value, halved[name]) for name, value in run.weights.items())
 
 
 @pytest.mark.parametrize("weights", [(), LORA], ids=["full", "lora"])
@@ -449,6 +476,18 @@ def test_the_reference_follows(recipe: str, sft: Path, settings: Sequence[str], 
     checkpoint = load_file(sorted((halved.path / "checkpoints").iterdir())[-1] / "reference.safetensors")
     trained = load_file(sorted((halved.path / "checkpoints").iterdir())[-1] / "model.safetensors")
     assert {f"causal_lm.{name}" for name in checkpoint} == trained.keys()
+
+
+def test_a_reference_of_another_shape_cannot_follow(recipe: str, tmp_path: Path) -> None:
+    other = SCRATCH.replace("hidden_size: 32", "hidden_size: 48")
+    text = RECIPE.replace("objective: reinforce", "objective: sft").replace(
+        '{path: "SFT", compute_dtype: float32}', other
+    )
+    (tmp_path / "other.yaml").write_text(text, encoding="utf-8")
+    assert rlhf.train("other.yaml", "run.name=other", "run.steps=1") == ExitCode.DONE
+    path = "reference.path=runs/other-sft/final"
+    assert rlhf.train(recipe, path, "reference.ema=0.5") == ExitCode.USER
+    assert "another architecture" in Run(Path("runs") / "tiny-reinforce").record["exit_reason"]
 
 
 def test_a_spent_rollout_is_told_once(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

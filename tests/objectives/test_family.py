@@ -148,11 +148,22 @@ def test_the_first_update_is_that_of_a_single_one() -> None:
 
 def test_every_row_is_in_one_minibatch_of_an_epoch_with_its_group() -> None:
     rollout = hand_made()
-    found = [part for e in range(3) for part in passes.parts(rollout, Passes(epochs=3, minibatches=2), 4, e)]
+    found = [part for e in range(3) for part in passes.parts(rollout, Passes(epochs=3, minibatches=2), 7, 4, e)]
     assert [sorted(set(part.group.tolist())) for part in found[:2]] in ([[0], [1]], [[1], [0]])
     for epoch in (found[0:2], found[2:4], found[4:6]):
         assert sorted(reward for part in epoch for reward in part.rewards.tolist()) == REWARDS  # type: ignore[union-attr]
-    assert next(passes.parts(rollout, Passes(), step=4, epoch=0)) is rollout
+    assert next(passes.parts(rollout, Passes(), seed=7, step=4, epoch=0)) is rollout
+
+
+def test_a_skipped_step_among_measured_ones() -> None:
+    """One of two steps was skipped, so nothing was measured of it: means are of the other."""
+    report = UpdateReport(losses={"policy": 1.0}, grad_norm=2.0, lr=0.1, applied=True, microbatches=1, stats=(live(),))
+    measured = replace(report, measured={"optim/step_kl": 0.5})
+    rollout = hand_made(old_logprobs=KL - 5)
+    for pair in ([measured, report], [report, measured]):
+        updates = [passes.Update(rollout, each) for each in pair]
+        found = passes.metrics(updates, Reinforce(updates_per_rollout=2), None, Alone())
+        assert found["optim/step_kl"] == 0.5
 
 
 def test_the_share_of_completions_that_still_count() -> None:

@@ -126,6 +126,9 @@ def test_the_critic_learns_alone_first() -> None:
         batch, _ = objective.prepare(known(), TrainState(step=step), Alone())
         assert batch.advantages is not None and batch.returns is not None
         assert bool((batch.advantages != 0).any()) is learns and bool((batch.returns != 0).any())
+    adaptive = replace(objective, target=4.0)  # a policy that does not move says nothing about its coefficient
+    assert adaptive.prepare(known(), TrainState(step=1), Alone())[1].beta is None
+    assert adaptive.prepare(known(), TrainState(step=2), Alone())[1].beta == pytest.approx(BETA * 0.98)
 
 
 def test_the_share_of_tokens_that_the_clip_cut() -> None:

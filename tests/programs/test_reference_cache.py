@@ -121,8 +121,26 @@ def test_what_is_not_there_is_computed_when_it_comes(tokenizer: Any, tmp_path: P
     forwards = model.forwards
     batch = filled.at(4)  # wholly in the second epoch, which has other replies
     assert model.forwards > forwards
+    assert torch.equal(cache(stream, model).at(4).ref_logprobs, batch.ref_logprobs)  # whatever came before it
     found = microbatches.score(stream.at(4), lambda part: model.stats(plain_rows(part), StatsRequest()), 64)
     torch.testing.assert_close(batch.ref_logprobs, found.logprobs, rtol=0, atol=1e-6)
+
+
+def test_another_configuration_is_another_file() -> None:
+    """The same weights under another rope_theta are another function."""
+    lm = tiny_lm()
+    before = weights_digest(lm, torch.float32)
+    assert weights_digest(tiny_lm(), torch.float32) == before
+    lm.config.rope_parameters = {**(lm.config.rope_parameters or {}), "rope_theta": 77.0}
+    assert weights_digest(lm, torch.float32) != before
+
+
+def test_a_folder_that_cannot_be_written_costs_a_line(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model, notes = reference(), list[str]()
+    filled = cache(pairs(tokenizer), model)
+    filled.fill(tmp_path / "file", digest(model), 3, notes.append)
+    assert "could not be kept" in notes[1] and filled.at(1).ref_logprobs.any()
 
 
 def test_a_broken_file_is_made_again(tokenizer: Any, tmp_path: Path) -> None:

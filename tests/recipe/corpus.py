@@ -159,6 +159,24 @@ MEANING: dict[str, Broken] = {
     "trpo in several steps": b(
         recipe(objective="objective: trpo", reinforce="reinforce: {updates_per_rollout: 2}"), "one step a rollout"
     ),
+    "trpo and instruction rows": b(
+        recipe(
+            objective="objective: trpo",
+            data="data: {train: [{path: rows.jsonl}], instruction: [{path: rows.jsonl}]}",
+            instruction="instruction: {coefficient: 0.1}",
+        ),
+        "directions that the rollout does not see",
+    ),
+    "a shared critic that learns alone": b(
+        recipe(objective="objective: ppo", value="value: {shared: true, warmup_steps: 2}"), "trains the policy's trunk"
+    ),
+    "a critic that learns alone for ever": b(
+        recipe(objective="objective: ppo", run="run: {name: x, steps: 2}", value="value: {warmup_steps: 2}"),
+        "the policy would never be trained",
+    ),
+    "an adapter on another base": b(
+        recipe(policy="policy: {path: model, lora: {}}", reference="reference: {path: model, ema: 0.9}"), "another base"
+    ),
     "two limits of a step": b(
         recipe(objective="objective: trpo", optim="optim: {kl_step_limit: 0.1}"), "limited by trpo.max_kl", line=6
     ),

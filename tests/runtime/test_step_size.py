@@ -131,8 +131,8 @@ def test_a_model_that_is_too_large_is_refused_with_the_figure(monkeypatch: pytes
     policy, _, _ = set_up()
     step_size.refuse_lack_of_memory(policy, alone())
     size = sum(p.numel() for p in policy.parameters()) * 4
-    monkeypatch.setattr(step_size, "_free_bytes", lambda runtime: 7 * size - 1)
-    with pytest.raises(UserError, match=r"7 copies of the trained weights: .* GiB are free; train an adapter"):
+    monkeypatch.setattr(step_size, "_free_bytes", lambda runtime: 9 * size - 1)
+    with pytest.raises(UserError, match=r"9 copies of the trained weights: .* GiB are free; train an adapter"):
         step_size.refuse_lack_of_memory(policy, alone())
 
 
@@ -260,4 +260,21 @@ def test_where_no_step_fits_nothing_moves() -> None:
     region = trust_region(policy, reference, max_kl=0.05, backtracks=0)
     object.__setattr__(region.before, "kl", lambda *_: math.inf)
     report = region.step([Term(objective=OBJECTIVE, batch=rollout)], 1)
-    assert not report.applied and torch.equal(weights(policy), start)
+    assert report.measured["optim/step_share"] == 0 and torch.equal(weights(policy), start)
+
+
+def test_without_curvature_the_step_follows_the_gradient() -> None:
+    policy, rollout, reference = set_up()
+    old, region = copy.deepcopy(policy), trust_region(policy, reference, max_kl=0.05)
+    object.__setattr__(region, "natural_direction", lambda gradient, term: torch.zeros_like(gradient))
+    report = region.step([Term(objective=OBJECTIVE, batch=rollout)], 1)
+    assert 0 < report.measured["optim/step_kl"] <= 0.05 and surrogate(policy, old, rollout) > 0
+
+
+def test_a_step_into_nothing_is_undone() -> None:
+    policy, rollout, reference = set_up()
+    start, updater = weights(policy), limited(policy, reference, 0.1, 0.01)
+    assert updater.limit is not None
+    object.__setattr__(updater.limit.before, "kl", lambda *_: math.nan)  # type: ignore[attr-defined]
+    report = updater.step([Term(objective=OBJECTIVE, batch=rollout)], 1)
+    assert report.measured["optim/step_share"] == 0 and torch.equal(weights(policy), start)
