@@ -2,11 +2,12 @@
 
     python benchmarks/trl_trainers.py rloo --steps 20 --prompts 16 --beta 0.3 --lr 5e-4 --seed 1 --out trl/NAME
 
-Run in a folder that has runs/quickstart-sft/final and runs/quickstart-reward/final. The reward model is handed over as
-a callable: TRL's own path encodes the reward model's text without BOS and EOS. What is the same: weights, prompts, chat
-template, completions a step (dpo: pairs a step, on average), leave-one-out baseline, KL in the reward, token sums,
-AdamW (ε 1e-8, no decay), norm clipping, our learning rate at every step, no dropout, no top-k. What is not: the order of
-prompts and the sampling noise; and dpo's completions end in a newline after the stop token, as the template has it.
+Run in a folder that has runs/quickstart-sft/final and runs/quickstart-reward/final. The reward model is handed over
+as a callable: TRL's own path encodes the reward model's text without BOS and EOS. What is the same: weights,
+prompts, chat template, completions a step (dpo: pairs a step, on average), leave-one-out baseline, KL in the
+reward, token sums, AdamW (ε 1e-8, no decay), norm clipping, our learning rate at every step, no dropout, no top-k.
+What is not: the order of prompts and the sampling noise; and dpo's completions end in a newline after the stop
+token, as the template has it.
 """
 
 from __future__ import annotations
