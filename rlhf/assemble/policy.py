@@ -65,6 +65,8 @@ def sampler(
         stop_ids=stop_ids(tokenizer, inner.generation_config),
         seed=recipe.run.seed,
         microbatch_rows=max(k, min(512, 4 * recipe.batch.microbatch_tokens // width)),
+        plain=settings.decode == "generate",
+        kv_bytes=int(settings.kv_cache_gib * 2**30),
         compute_dtype=models.compute_dtype(recipe),
         gather=lambda _: runtime.decoding(wrapped),
     )

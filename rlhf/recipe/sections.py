@@ -253,6 +253,13 @@ class RolloutSettings(Section):
     """How completions are sampled. Nothing truncates the distribution: the sampled policy is the scored one."""
 
     engine: Literal["hf", "vllm"] = Field(default="hf", description="What decodes.")
+    decode: Literal["auto", "generate"] = Field(
+        default="auto",
+        description="auto: our loop, which reads a prompt once for all its completions, where it knows the model.",
+    )
+    kv_cache_gib: Positive = Field(
+        default=4.0, description="Keys and values of rows decoded at once (GiB); the others wait. Our loop only."
+    )
     samples_per_prompt: Count = Field(default=4, description="k, the size of a group.")
     max_new_tokens: Count = Field(default=256, description="Longest completion (tokens).")
     temperature: Positive = Field(default=1.0, description="Divides the logits in rollout, reference and training.")

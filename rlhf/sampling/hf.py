@@ -1,8 +1,8 @@
-"""Completions through ``transformers.generate``: greedy decoding of logits to which the counter-based noise was added.
+"""Completions of a transformers model: greedy decoding of logits to which the counter-based noise was added.
 
-``generate`` only carries the KV cache. It never draws a random number, and nothing of the checkpoint's own
-generation config acts: top-k, penalties or suppressed tokens would make the sampler's policy another one than the
-policy whose log-probabilities are trained.
+Models that ``sampling.loop`` knows are decoded there, others through ``transformers.generate``, which only carries the
+KV cache. It never draws a random number, and nothing of the checkpoint's own generation config acts: top-k, penalties
+or suppressed tokens would make the sampler's policy another one than the policy whose log-probabilities are trained.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from rlhf.models.chat import completion_text, render_prompt
 from rlhf.rollout import Prompt, Rollout, pad_rows
+from rlhf.sampling import loop
 from rlhf.sampling.noise import Workspace, position_keys, row_keys, sample_tokens
 
 _RESHAPING = (
@@ -38,7 +39,8 @@ class HFSampler:
 
     stop_ids: every id that ends a completion; it counts as part of the completion.
     stop: strings that end a completion with the token that completes them; ``texts`` are cut before them.
-    microbatch_rows: rows decoded together; rows are sorted by prompt length first.
+    microbatch_rows: rows that ``generate`` decodes together; rows are sorted by prompt length first.
+    plain: ``generate`` whatever the model. kv_bytes: most memory for keys and values in the loop.
     compute_dtype: autocast type of the decode; float32 and float64 run as the weights are.
     gather: entered around decoding; inside it the model must run without collectives (ranks stop at different
     lengths), so under ZeRO-3 it gathers the weights and takes the partitioning hooks off.
@@ -52,6 +54,8 @@ class HFSampler:
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
     microbatch_rows: int = 256
+    plain: bool = False
+    kv_bytes: int = 4 * 2**30
     compute_dtype: torch.dtype = torch.float32
     gather: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
 
@@ -101,6 +105,24 @@ class HFSampler:
     def _decode(
         self, lm: Any, prompt_ids: Sequence[Sequence[int]], keys: Tensor | None, device: torch.device
     ) -> list[_Completion]:
+        """Completions in the order of ``prompt_ids``. Stop strings are ``generate``'s to find."""
+        if self.plain or self.stop or not prompt_ids or not loop.supported(lm):
+            return self._generate(lm, prompt_ids, keys, device)
+        distinct = list(dict.fromkeys(map(tuple, prompt_ids)))
+        place = {prompt: index for index, prompt in enumerate(distinct)}
+        found = loop.DecodeLoop(
+            lm,
+            self.max_new_tokens,
+            torch.tensor(self.stop_ids, dtype=torch.long, device=device),
+            _RowChoice(keys, self.temperature),
+            self.kv_bytes,
+        ).run(distinct, [place[tuple(prompt)] for prompt in prompt_ids])
+        columns = (found.ids.tolist(), found.logprobs.cpu(), found.lengths.tolist(), found.finished.tolist())
+        return [_Completion(ids[:n], values[:n], done) for ids, values, n, done in zip(*columns, strict=True)]
+
+    def _generate(
+        self, lm: Any, prompt_ids: Sequence[Sequence[int]], keys: Tensor | None, device: torch.device
+    ) -> list[_Completion]:
         """Completions in the order of ``prompt_ids``, decoded in microbatches of similar prompt length."""
         order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
         strings = StopStringCriteria(self.tokenizer, list(self.stop)) if self.stop else None
@@ -141,6 +163,21 @@ class _Completion(NamedTuple):
     ids: list[int]
     logprobs: Tensor  # [len(ids)] nats, on the CPU
     finished: bool
+
+
+@dataclass
+class _RowChoice:
+    """Chooses the next tokens of rows that stand at positions of their own."""
+
+    keys: Tensor | None
+    temperature: float
+    workspace: Workspace | None = None
+
+    def __call__(self, logits: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        keys = None if self.keys is None else position_keys(self.keys[rows], positions)
+        if self.workspace is None or self.workspace.vocab != logits.shape[1]:
+            self.workspace = Workspace.like(logits)
+        return sample_tokens(logits, self.temperature, keys, self.workspace)
 
 
 class _Choice(LogitsProcessor):
