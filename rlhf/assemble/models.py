@@ -13,10 +13,11 @@ from torch import nn
 from rlhf.assemble.data import sources
 from rlhf.data import load as data
 from rlhf.errors import UserError
-from rlhf.models import load, scratch
+from rlhf.models import load, masks, scratch
 from rlhf.models.critic import Critic, ValueHead
+from rlhf.models.layout import Layout, SharedPrompts, plain_rows
 from rlhf.models.policy import ScoredModel
-from rlhf.models.reference import FrozenReference, MovingReference
+from rlhf.models.reference import FrozenReference, MovingReference, Reference
 from rlhf.objectives.presets import OBJECTIVES
 from rlhf.recipe import Recipe
 from rlhf.runtime import distributed, step_size
@@ -143,6 +144,14 @@ def reference(recipe: Recipe, policy: ScoredModel, runtime: Runtime) -> FrozenRe
     follower = MovingReference(scored, policy, settings.ema if settings.ema > 0 else 1.0, settings.reset_steps)
     follower.refuse_strangers()
     return follower
+
+
+def layout(recipe: Recipe, policy: ScoredModel, reference: Reference) -> Layout:
+    """Rows that share their prompt, where everything that reads them takes masks of ours."""
+    parts: list[Any] = [policy.causal_lm, getattr(policy.critic, "classifier", None)]
+    parts.append(reference.model.causal_lm if isinstance(reference, FrozenReference) else None)
+    known = all(masks.known(load.base_model(part)) for part in parts if part is not None)
+    return SharedPrompts() if recipe.batch.share_prompts and known else plain_rows
 
 
 def updater(

@@ -122,7 +122,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     anchor = anchor or AdapterOffReference(wrapped, policy)
     if isinstance(anchor, MovingReference):
         session.kept["reference"] = anchor.moving()
-    settings = recipe.rollout
+    settings, layout = recipe.rollout, models.layout(recipe, policy, anchor)
     run = program.PolicyRun(
         session=session,
         model=wrapped,
@@ -131,8 +131,9 @@ def build(recipe: Recipe, session: Session) -> Job:
         reference=anchor,
         objective=goal,
         beta=recipe.kl.beta,
+        layout=layout,
         updater=models.updater(
-            recipe, runtime, wrapped, optimizer, PolicyForward(anchor), steps * passes_of(goal).updates
+            recipe, runtime, wrapped, optimizer, PolicyForward(anchor, layout), steps * passes_of(goal).updates
         ),
         prompts=streams.ShuffledPrompts(
             prompts=train_prompts, per_step=recipe.batch.prompts_per_step, seed=recipe.run.seed, own=own

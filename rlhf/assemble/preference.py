@@ -14,6 +14,7 @@ from rlhf.assemble import data, models, policy, rewards
 from rlhf.assemble.job import Job
 from rlhf.assemble.supervised import epochs
 from rlhf.data.examples import Preference
+from rlhf.models.layout import Layout
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import AdapterOffReference, FrozenReference, Reference
 from rlhf.objectives.dpo import PairObjective
@@ -51,14 +52,15 @@ def build(recipe: Recipe, session: Session) -> Job:
         own=own,
         tokenizer=tokenizer,
     )
+    layout = models.layout(recipe, trained, anchor)
     objective = cast(PairObjective, policy.objective(recipe))
     run = program.SupervisedRun(
         session=session,
         model=wrapped,
         objective=objective,
-        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(anchor), steps),
+        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(anchor, layout), steps),
         batches=(
-            _with_reference(recipe, session, stream, anchor, wrapped, steps)
+            _with_reference(recipe, session, stream, anchor, layout, wrapped, steps)
             if "reference" in objective.needs
             else stream
         ),
@@ -82,11 +84,17 @@ def _held_out(recipe: Recipe, session: Session, tokenizer: Any, pairs: Sequence[
 
 
 def _with_reference(
-    recipe: Recipe, session: Session, pairs: streams.ShuffledPairs, anchor: Reference, wrapped: nn.Module, steps: int
+    recipe: Recipe,
+    session: Session,
+    pairs: streams.ShuffledPairs,
+    anchor: Reference,
+    layout: Layout,
+    wrapped: nn.Module,
+    steps: int,
 ) -> ReferenceCache:
     """The pairs with log π_ref, which is computed here unless it lies beside the runs already."""
     runtime = session.runtime
-    cache = ReferenceCache(pairs, anchor, recipe.batch.microbatch_tokens, runtime)
+    cache = ReferenceCache(pairs, anchor, recipe.batch.microbatch_tokens, runtime, layout)
     with runtime.gathered(wrapped):
         scored = anchor.model if isinstance(anchor, FrozenReference) else distributed.unwrap(wrapped)
         weights = weights_digest(cast(ScoredModel, scored).causal_lm, models.compute_dtype(recipe))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.load import base_model
-from rlhf.models.policy import switch_off_dropout
+from rlhf.models.policy import final_states, switch_off_dropout
 
 
 class Critic(nn.Module):
@@ -29,13 +29,13 @@ class Critic(nn.Module):
         attention_mask: Tensor | None,
         position_ids: Tensor,
         source: Tensor,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """[n] values at the flat positions ``source``: what is expected before the token there is written. hidden: the
         policy's states there, which this critic does not look at."""
         model = cast(Any, base_model(self.classifier))
-        decoder = getattr(model, model.base_model_prefix)
-        output = decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-        values: Tensor = model.score(output.last_hidden_state.flatten(0, 1)[source]).squeeze(-1)
+        states = final_states(model, input_ids, attention_mask, position_ids, segments)
+        values: Tensor = model.score(states[source]).squeeze(-1)
         return values if values.dtype == torch.float64 else values.float()
 
 

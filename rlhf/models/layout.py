@@ -22,6 +22,7 @@ class Rows:
     target         [n] int64: the token predicted there
     place          [n] int64: flat index into B·C where its statistics belong
     shape          (B, C)
+    segments       [R, L] int64 where completions share a row's beginning (``models.masks.tree``), else None
     """
 
     input_ids: Tensor
@@ -31,6 +32,7 @@ class Rows:
     target: Tensor
     place: Tensor
     shape: tuple[int, int]
+    segments: Tensor | None = None
 
 
 class Layout(Protocol):
@@ -57,6 +59,77 @@ def plain_rows(batch: TokenBatch) -> Rows:
         place=rows * batch.completion_ids.shape[1] + columns,
         shape=(len(batch), batch.completion_ids.shape[1]),
     )
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """One row a group: the prompt once, its completions behind it one after the other, each blind to the others.
+
+    What that saves is the prompt's k − 1 repetitions and the padding to the longest completion. Where it would not save
+    a tenth of the cells, where a row would exceed ``row_tokens`` (masks are quadratic in it) or where a group's prompts
+    differ, rows are plain. The choice is a function of the batch alone: policy and reference make the same one.
+    """
+
+    row_tokens: int = 4096
+
+    def __call__(self, batch: TokenBatch) -> Rows:
+        groups: dict[int, list[int]] = {}
+        for row, group in enumerate(batch.group.tolist()):
+            groups.setdefault(group, []).append(row)
+        prompt, completion = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
+        widths = [prompt[rows[0]] + sum(completion[row] for row in rows) for rows in groups.values()]
+        longest = max(widths, default=0)
+        plain = len(batch) * (batch.prompt_ids.shape[1] + batch.completion_ids.shape[1])
+        worth = 10 * len(groups) * longest <= 9 * plain
+        if not worth or longest > self.row_tokens or not _same_prompts(batch, list(groups.values())):
+            return plain_rows(batch)
+        return _shared(batch, list(groups.values()), prompt, completion, longest)
+
+
+def _same_prompts(batch: TokenBatch, groups: list[list[int]]) -> bool:
+    """Whether every group has one prompt, and that has a token."""
+    first = torch.zeros_like(batch.group)
+    for rows in groups:
+        first[rows] = rows[0]
+    same = (batch.prompt_ids == batch.prompt_ids[first]) | ~batch.prompt_mask
+    return bool((same & (batch.prompt_mask == batch.prompt_mask[first])).all() and batch.prompt_mask.any(dim=1).all())
+
+
+def _shared(batch: TokenBatch, groups: list[list[int]], prompt: list[int], completion: list[int], width: int) -> Rows:
+    device, shape = batch.group.device, (len(groups), width)
+    places = _places(groups, prompt, completion, len(batch)).to(device)
+    heads = torch.tensor([rows[0] for rows in groups], device=device)
+    ids, segments, positions = (batch.group.new_full(shape, fill) for fill in (0, -1, 0))
+    real = batch.prompt_mask[heads]
+    owner, _ = real.nonzero(as_tuple=True)
+    column = (real.cumsum(1) - 1)[real]
+    ids[owner, column], segments[owner, column], positions[owner, column] = batch.prompt_ids[heads][real], 0, column
+    which, step = batch.completion_mask.nonzero(as_tuple=True)
+    at, begin, member = places[:, which]
+    targets, there, length = batch.completion_ids[which, step], begin + step, batch.prompt_mask.sum(1)[which]
+    ids[at, there], segments[at, there], positions[at, there] = targets, member, length + step
+    before = torch.where(step == 0, length, there) - 1  # the first token is predicted by the prompt's last
+    return Rows(
+        input_ids=ids,
+        attention_mask=None,
+        position_ids=positions,
+        source=at * width + before,
+        target=targets,
+        place=which * batch.completion_ids.shape[1] + step,
+        shape=(len(batch), batch.completion_ids.shape[1]),
+        segments=segments,
+    )
+
+
+def _places(groups: list[list[int]], prompt: list[int], completion: list[int], size: int) -> Tensor:
+    """[3, B] of each completion: its row, its first column there, its number within the group (from 1)."""
+    found = torch.zeros(3, size, dtype=torch.long)
+    for row, members in enumerate(groups):
+        column = prompt[members[0]]
+        for number, index in enumerate(members, start=1):
+            found[:, index] = torch.tensor([row, column, number])
+            column += completion[index]
+    return found
 
 
 @dataclass(frozen=True)

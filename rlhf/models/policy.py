@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.interfaces import StatsRequest, TokenStats
+from rlhf.models import masks
 from rlhf.models.head import CHUNK_BYTES, ChunkedHead, PositionStats, ReferenceStates
 from rlhf.models.layout import Rows
 from rlhf.models.load import base_model
@@ -57,14 +58,15 @@ class ScoredModel(nn.Module):
         return hasattr(self.causal_lm, "disable_adapter")
 
     def hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, source: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        source: Tensor,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """[n, H]: final hidden states at the flat positions ``source``."""
-        inner = self._inner()
-        decoder = getattr(inner, inner.base_model_prefix)
-        output = decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-        hidden: Tensor = output.last_hidden_state
-        return hidden.flatten(0, 1)[source]
+        return final_states(self._inner(), input_ids, attention_mask, position_ids, segments)[source]
 
     def forward(
         self,
@@ -76,6 +78,7 @@ class ScoredModel(nn.Module):
         request: StatsRequest,
         reference: ReferenceStates | None = None,
         states_only: bool = False,
+        segments: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Statistics per position, [n] each, by name; with ``states_only`` the hidden states themselves.
 
@@ -83,15 +86,29 @@ class ScoredModel(nn.Module):
         """
         autocast = self.compute_dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(input_ids.device.type, dtype=self.compute_dtype if autocast else None, enabled=autocast):
-            hidden = self.hidden_states(input_ids, attention_mask, position_ids, source)
+            hidden = self.hidden_states(input_ids, attention_mask, position_ids, source, segments)
             if states_only:
                 return {"hidden": hidden}
             stats = PositionStats(*self.head(hidden, target, request, reference))
             found = {name: value for name, value in stats._asdict().items() if value is not None}
             if request.values:
                 assert self.critic is not None, "values were asked of a policy without a critic"
-                found["values"] = self.critic(hidden, input_ids, attention_mask, position_ids, source)
+                found["values"] = self.critic(hidden, input_ids, attention_mask, position_ids, source, segments)
         return found
+
+
+def final_states(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, segments: Tensor | None
+) -> Tensor:
+    """[R·L, H]: the trunk's final hidden states. model: the transformers model. segments: of rows that share a
+    beginning; they take the mask's place."""
+    decoder = getattr(model, model.base_model_prefix)
+    mask: Any = attention_mask
+    if segments is not None:
+        mask = masks.masks(model, *masks.tree(segments, position_ids))
+    output = decoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden.flatten(0, 1)
 
 
 def token_stats(
@@ -117,6 +134,7 @@ def _forward(model: nn.Module, rows: Rows, **what: Any) -> dict[str, Tensor]:
         position_ids=rows.position_ids,
         source=rows.source,
         target=rows.target,
+        segments=rows.segments,
         **what,
     )
     return flat

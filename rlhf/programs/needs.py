@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rlhf.interfaces import StatsRequest, TokenStats
-from rlhf.models.layout import plain_rows
 from rlhf.models.policy import token_stats
 from rlhf.programs import passes
 from rlhf.programs.policy_run import PolicyRun, causal_lm
@@ -22,7 +21,7 @@ def fill(run: PolicyRun, rollout: Rollout, prompts: Sequence[Prompt], slots: Seq
     needs, temperature = run.objective.needs, run.objective.request.temperature
     if "reference" in needs:
         request = StatsRequest(temperature=temperature)
-        found = scored(run, rollout, lambda batch: run.reference.stats(plain_rows(batch), request))
+        found = scored(run, rollout, lambda batch: run.reference.stats(run.layout(batch), request))
         rollout = replace(rollout, ref_logprobs=found.logprobs)
     if needs & {"old_logprobs", "score_norms", "values"}:
         rollout = _of_policy(run, rollout)
@@ -34,7 +33,7 @@ def fill(run: PolicyRun, rollout: Rollout, prompts: Sequence[Prompt], slots: Seq
 def drift(run: PolicyRun, rollout: Rollout) -> float:
     """How far the updates so far have moved the policy on this rollout, nats a completion."""
     request = StatsRequest(temperature=run.objective.request.temperature)
-    found = scored(run, rollout, lambda batch: token_stats(run.model, plain_rows(batch), request))
+    found = scored(run, rollout, lambda batch: token_stats(run.model, run.layout(batch), request))
     return passes.drift(rollout, found.logprobs, run.session.runtime)
 
 
@@ -47,7 +46,7 @@ def _of_policy(run: PolicyRun, rollout: Rollout) -> Rollout:
         values="values" in needs,
         entropy=passes.passes_of(run.objective).minibatches > 1,  # no forward of the update sees all rows then
     )
-    found = scored(run, rollout, lambda batch: token_stats(run.model, plain_rows(batch), request))
+    found = scored(run, rollout, lambda batch: token_stats(run.model, run.layout(batch), request))
     return replace(
         rollout,
         old_logprobs=found.logprobs,

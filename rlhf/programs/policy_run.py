@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from rlhf.interfaces import PolicyObjective, Sampler, TokenStats
+from rlhf.models.layout import Layout
 from rlhf.models.reference import Reference
 from rlhf.programs.evaluation import Evaluation
 from rlhf.programs.session import Session
@@ -42,6 +43,7 @@ class PolicyRun:
     reference: Reference
     objective: PolicyObjective
     beta: float
+    layout: Layout
     updater: Updater
     prompts: PromptStream
     instruction: InstructionStream | None

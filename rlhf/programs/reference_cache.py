@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf.interfaces import StatsRequest
-from rlhf.models.layout import plain_rows
+from rlhf.models.layout import Layout, plain_rows
 from rlhf.models.load import base_model
 from rlhf.models.reference import Reference
 from rlhf.objectives.dpo import ReferencedPairs
@@ -47,6 +47,7 @@ class ReferenceCache:
     reference: Reference
     microbatch_tokens: int
     runtime: Runtime
+    layout: Layout = plain_rows
     known: dict[Digest, Tensor] = field(default_factory=dict)
 
     def at(self, step: int) -> ReferencedPairs:
@@ -61,7 +62,7 @@ class ReferenceCache:
     def _compute(self, batch: PairBatch, digests: list[Digest]) -> dict[Digest, Tensor]:
         request, budget = StatsRequest(), self.microbatch_tokens
         found = microbatches.score(
-            batch, lambda part: self.reference.stats(plain_rows(part), request), budget, self.runtime
+            batch, lambda part: self.reference.stats(self.layout(part), request), budget, self.runtime
         )
         rows = zip(digests, found.logprobs, batch.completion_mask, strict=True)
         return {digest: row[mask].cpu() for digest, row, mask in rows}
@@ -95,7 +96,8 @@ class ReferenceCache:
 
     def _name(self, weights: str, steps: Iterable[int]) -> str:
         """What the content depends on: weights, rows in their batches, and how those are cut."""
-        digest = hashlib.sha256(f"{weights}\0{self.microbatch_tokens}\0{self.runtime.world_size}".encode())
+        setting = (weights, self.microbatch_tokens, self.runtime.world_size, type(self.layout).__name__)
+        digest = hashlib.sha256(repr(setting).encode())
         for step in steps:
             digest.update(b"".join(row_digests(self.pairs.at(step))) + b"\0")
         return hashlib.sha256("".join(self.runtime.gather_objects(digest.hexdigest())).encode()).hexdigest()[:32]

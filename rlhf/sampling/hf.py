@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from rlhf.models import masks
 from rlhf.models.chat import completion_text, render_prompt
 from rlhf.rollout import Prompt, Rollout, pad_rows
 from rlhf.sampling import loop
@@ -106,7 +107,7 @@ class HFSampler:
         self, lm: Any, prompt_ids: Sequence[Sequence[int]], keys: Tensor | None, device: torch.device
     ) -> list[_Completion]:
         """Completions in the order of ``prompt_ids``. Stop strings are ``generate``'s to find."""
-        if self.plain or self.stop or not prompt_ids or not loop.supported(lm):
+        if self.plain or self.stop or not prompt_ids or not masks.known(lm):
             return self._generate(lm, prompt_ids, keys, device)
         distinct = list(dict.fromkeys(map(tuple, prompt_ids)))
         place = {prompt: index for index, prompt in enumerate(distinct)}

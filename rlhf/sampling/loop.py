@@ -15,21 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.models import masks
 from rlhf.rollout import pad_rows
 from rlhf.sampling.slots import Captured, Slots
 
-# Models whose masks this loop writes itself; others are decoded by `generate`.
-FAMILIES = frozenset({"gemma", "gemma2", "gemma3_text"})
-KERNELS = frozenset({"sdpa", "eager"})
-
 # (logits [n, V], rows [n], positions [n]) → tokens [n], log-probabilities [n]
 Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def supported(lm: Any) -> bool:
-    """Whether the loop knows this model's masks and attention kernel."""
-    config = lm.config.get_text_config()
-    return config.model_type in FAMILIES and config._attn_implementation in KERNELS
 
 
 @dataclass(frozen=True)
@@ -44,8 +35,8 @@ class Decoded:
 
 @dataclass(frozen=True)
 class DecodeLoop:
-    """lm: a transformers causal LM of ``FAMILIES``. kv_bytes: most memory for keys and values; rows beyond it wait.
-    prefill_tokens: prompt tokens of one forward, padding included."""
+    """lm: a transformers causal LM whose masks are ``known``. kv_bytes: most memory for keys and values; rows beyond it
+    wait. prefill_tokens: prompt tokens of one forward, padding included."""
 
     lm: Any
     max_new_tokens: int
@@ -142,31 +133,13 @@ class DecodeLoop:
         name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
         found = decoder(
             input_ids=ids,
-            attention_mask=self._masks(distance),
+            attention_mask=masks.masks(self.lm, distance >= 0, distance),
             position_ids=positions,
             use_cache=True,
             **{name: cache},
         )
         hidden: Tensor = found.last_hidden_state
         return hidden
-
-    def _masks(self, distance: Tensor) -> Tensor | dict[str, Tensor]:
-        """As the family takes them: one 4-D mask, or one for each kind of layer."""
-        config = self.lm.config.get_text_config()
-        full = distance >= 0
-        if config.model_type == "gemma":
-            return self._mask(full)
-        near = full & (distance < config.sliding_window)
-        return {"full_attention": self._mask(full), "sliding_attention": self._mask(near)}
-
-    def _mask(self, allowed: Tensor) -> Tensor:
-        """Boolean, or what eager attention adds."""
-        if self.lm.config.get_text_config()._attn_implementation == "sdpa":
-            return allowed
-        dtype = self.lm.dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.lm.lm_head(hidden)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.models import masks
 from rlhf.models.chat import render_prompt
 from rlhf.models.scratch import STOP_IDS
 from rlhf.rollout import Prompt, Rollout
-from rlhf.sampling import loop
 from rlhf.sampling.loop import DecodeLoop
 from rlhf.sampling.slots import Captured, Slots
 from tests.sampling.test_hf import PROMPTS, TOKENIZER, completions, sampler, tiny
@@ -87,7 +87,7 @@ def test_prompts_are_read_within_the_token_budget() -> None:
 
 
 def test_families_that_it_does_not_know_are_left_to_generate(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not loop.supported(tiny("gemma4")) and loop.supported(tiny("gemma3"))
+    assert not masks.known(tiny("gemma4")) and masks.known(tiny("gemma3"))
     monkeypatch.setattr(DecodeLoop, "run", lambda *_: pytest.fail("not for this model"))
     sampler().sample(tiny("gemma4"), PROMPTS, range(4), 1)
     sampler(stop=("zz",)).sample(tiny(), PROMPTS, range(4), 1)  # stop strings are generate's to find
