@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlhf.interfaces import Objective, TokenStats
 from rlhf.models.layout import Rows, plain_rows
 from rlhf.models.load import base_model
-from rlhf.models.policy import switch_off_dropout
+from rlhf.models.policy import final_states, switch_off_dropout
 from rlhf.rollout import TokenBatch
 
 
@@ -26,19 +26,26 @@ class ScalarModel(nn.Module):
         self.compute_dtype = compute_dtype
         switch_off_dropout(self)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
-        """{"scores": [R]} in float32 or wider."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        segments: Tensor | None = None,
+        last: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """{"scores": [R]} in float32 or wider; with ``segments``, [n] at the flat positions ``last``
+        (``models.prefixes``)."""
         model = cast(Any, base_model(self.classifier))
-        decoder = getattr(model, model.base_model_prefix)
         low = self.compute_dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(input_ids.device.type, dtype=self.compute_dtype if low else None, enabled=low):
-            output = decoder(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            )
-            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-            last = (attention_mask * columns).argmax(dim=1)
-            hidden = output.last_hidden_state[torch.arange(len(last), device=last.device), last]
-            scores: Tensor = model.score(hidden).squeeze(-1)
+            hidden = final_states(model, input_ids, attention_mask, position_ids, segments)
+            if last is None:
+                assert attention_mask is not None
+                rows, width = input_ids.shape
+                columns = torch.arange(width, device=input_ids.device)
+                last = (attention_mask * columns).argmax(dim=1) + width * torch.arange(rows, device=input_ids.device)
+            scores: Tensor = model.score(hidden[last]).squeeze(-1)
         return {"scores": scores if scores.dtype == torch.float64 else scores.float()}
 
 

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
+from rlhf.models import masks
 from rlhf.models.chat import render_completion, render_prompt
+from rlhf.models.prefixes import share_prefixes, shared_length
 from rlhf.models.scalar import ScalarModel
 from rlhf.rewards import canary
 from rlhf.rollout import Prompt, Rollout, pad_rows
+
+LONGEST_SHARED = 4096  # tokens of a row: its mask is quadratic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,8 @@ class RewardModel:
     """A transformers sequence classifier with one label.
 
     tokenizer: the reward model's own. compute_dtype: autocast type of the forward. microbatch_tokens: rows × padded
-    width of one forward. A row of more than ``max_tokens`` tokens (the model's context) cannot be scored.
+    width of one forward. A row of more than ``max_tokens`` tokens (the model's context) cannot be scored. shared: texts
+    of one prompt share a row, their common beginning read once, where the model's masks are known.
     """
 
     name: str
@@ -30,6 +35,7 @@ class RewardModel:
     tokenizer: Any
     compute_dtype: torch.dtype = torch.float32
     microbatch_tokens: int = 16384
+    shared: bool = True
 
     @property
     def max_tokens(self) -> int | None:
@@ -59,10 +65,39 @@ class RewardModel:
         rows = self._rows(prompts, texts, finished or [True] * len(texts))
         scores = torch.full((len(rows),), torch.nan)
         fitting = [i for i, row in enumerate(rows) if self.max_tokens is None or len(row) <= self.max_tokens]
-        for part in microbatches([len(rows[i]) for i in fitting], self.microbatch_tokens):
-            chosen = [fitting[i] for i in part]
-            scores[chosen] = self.forward([rows[i] for i in chosen]).float().cpu() - self.center
+        groups = self._groups(prompts, rows, fitting)
+        lengths = [shared_length([rows[i] for i in group]) for group in groups]
+        for part in microbatches(lengths, self.microbatch_tokens):
+            chosen = [groups[index] for index in part]
+            found = self.forward_groups([[rows[i] for i in group] for group in chosen])
+            scores[[i for group in chosen for i in group]] = found.float().cpu() - self.center
         return scores
+
+    def _groups(self, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], fitting: list[int]) -> list[list[int]]:
+        """Rows that are scored in one: those of a prompt, while they stay short; alone where masks are not known."""
+        if not (self.shared and hasattr(self.model, "score") and masks.known(self.model)):
+            return [[i] for i in fitting]
+        groups: list[list[int]] = []
+        open_group: dict[int, list[int]] = {}
+        for i in fitting:
+            group = open_group.get(id(prompts[i]))
+            if group is None or shared_length([rows[j] for j in (*group, i)]) > LONGEST_SHARED:
+                groups.append([i])
+                open_group[id(prompts[i])] = groups[-1]
+            else:
+                group.append(i)
+        return groups
+
+    @torch.no_grad()
+    def forward_groups(self, groups: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """[n] scores of one forward, group by group; not centred."""
+        if all(len(group) == 1 for group in groups):
+            return self.forward([group[0] for group in groups])
+        model = cast(Any, self.model)
+        model.eval()
+        rows = share_prefixes(groups).to(next(model.parameters()).device)
+        scalar = ScalarModel(model, compute_dtype=self.compute_dtype)
+        return cast(Tensor, scalar(rows.input_ids, None, rows.position_ids, rows.segments, rows.last)["scores"])
 
     def token_rows(self, rollout: Rollout) -> list[list[int]]:
         """Prompt and completion in this model's own tokens, [B] lists."""
