@@ -1,9 +1,10 @@
-"""What the fast paths save in a step: our decode loop, rows that share a prompt, texts that share a prefix. Interleaved.
+"""What the fast paths save in a step: our decode loop, rows that share a prompt, texts that share a prefix.
 
-    OMP_NUM_THREADS=1 python benchmarks/fast_paths.py --sft runs/quickstart-sft/final --reward runs/quickstart-reward/final
+    OMP_NUM_THREADS=1 python benchmarks/fast_paths.py --sft SFT --reward REWARD
 
-One rollout of the quickstart (32 prompts × 4) and of a longer-prompt variant of it (the prompt five times over), each phase
-with its fast path and with the plain one, turn by turn. Medians over rounds of the ratio within a round.
+SFT, REWARD: final/ of the quickstart's first two stages. One rollout of the quickstart (32 prompts × 4), and one with
+every prompt five times over; each phase with its fast path and with the plain one, turn by turn. Medians over rounds of the
+ratio within a round.
 
 Writes results/fast_paths.json.
 """

@@ -44,6 +44,7 @@ EXACT = ("objective=reinforce", "kl.estimator=exact")
 METHODS: Mapping[str, tuple[str, ...]] = {
     "reinforce": EXACT,
     "rloo": ("objective=rloo",),
+    "rloo_2_updates": ("objective=rloo", "reinforce.updates_per_rollout=2"),  # as many optimizer steps as PPO takes
     "ppo": ("objective=ppo",),
     "grpo": ("objective=grpo",),
     "reinforce_plus_plus": ("objective=reinforce_plus_plus",),
