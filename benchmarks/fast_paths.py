@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/fast_paths.py --sft SFT --reward REWARD
 
 SFT, REWARD: final/ of the quickstart's first two stages. One rollout of the quickstart (32 prompts × 4), and one with
-every prompt five times over; each phase with its fast path and with the plain one, turn by turn. Medians over rounds of the
-ratio within a round.
+every prompt five times over; each phase with its fast path and with the plain one, turn by turn. Medians over rounds
+of the ratio within a round.
 
 Writes results/fast_paths.json.
 """
