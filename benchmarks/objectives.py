@@ -3,9 +3,10 @@
     python benchmarks/objectives.py --folder /tmp/objectives --quick         9 minutes, 2 cores: the table
     python benchmarks/objectives.py --folder /tmp/objectives                 hours: tuning, frontiers, comparison
 
-Both take the quickstart's SFT model and reward model (seed 42) from FOLDER/runs, or train them there first (4 minutes),
-and give every objective the same prompts, reward model and number of completions. TRL's trainers (dev extra) start from the same weights and are handed the same reward
-as a callable; all are judged by one evaluation: 128 held-out prompts, the same sampling noise before and after.
+Both take the quickstart's SFT model and reward model (seed 42) from FOLDER/runs, or train them there first (4
+minutes). Every objective gets the same prompts, reward model and number of completions. TRL's trainers (dev extra)
+start from the same weights and are handed the same reward as a callable; all are judged by one evaluation: 128 held-
+out prompts, the same sampling noise before and after.
 
 The table: gold score, KL, length, seconds and memory of one short run of each. The frontiers: `METHODS` (`reinforce`
 is leave-one-out with the exact KL), each with the learning rate that does best on the tuning seed, on `SEEDS` fresh
