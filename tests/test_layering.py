@@ -36,7 +36,7 @@ LEVELS = {
     "__init__": 6,
     "__main__": 7,
 }
-READS_THE_RECIPE = {"recipe", "programs", "assemble", "cli", "__init__", "__main__"}
+READS_THE_RECIPE = {"recipe", "programs", "assemble", "cli", "shipped", "__init__", "__main__"}
 RECIPE_MAY_IMPORT = ("rlhf.errors", "rlhf.locate", "rlhf.objectives.presets", "rlhf.data.kinds", "rlhf.recipe")
 TORCH_FREE = (
     *("rlhf", "rlhf.recipe", "rlhf.cli", "rlhf.spawn", "rlhf.shipped"),
