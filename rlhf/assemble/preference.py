@@ -12,7 +12,7 @@ from torch import nn
 
 from rlhf.assemble import data, models, policy, rewards
 from rlhf.assemble.job import Job
-from rlhf.assemble.supervised import epochs
+from rlhf.assemble.supervised import shuffled_pairs
 from rlhf.data.examples import Preference
 from rlhf.models.layout import Layout
 from rlhf.models.policy import ScoredModel
@@ -44,14 +44,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     anchor: Reference | None = models.reference(recipe, trained, runtime)
     wrapped, optimizer = distributed.prepare(runtime, trained, models.adamw(recipe, trained))
     anchor = anchor or AdapterOffReference(wrapped, trained)
-    stream = streams.ShuffledPairs(
-        epoch_prompts=epochs(recipe, tokenizer, prompts),
-        per_epoch=len(prompts),
-        per_step=size,
-        seed=recipe.run.seed,
-        own=own,
-        tokenizer=tokenizer,
-    )
+    stream = shuffled_pairs(recipe, tokenizer, prompts, own)
     layout = models.layout(recipe, trained, anchor)
     objective = cast(PairObjective, policy.objective(recipe))
     run = program.SupervisedRun(

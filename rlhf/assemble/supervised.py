@@ -75,15 +75,7 @@ def reward(recipe: Recipe, session: Session) -> Job:
         model=wrapped,
         objective=BradleyTerry(),
         updater=models.updater(recipe, runtime, wrapped, optimizer, scalar_forward, steps),
-        batches=streams.ShuffledPairs(
-            epoch_prompts=epochs(recipe, tokenizer, prompts),
-            per_epoch=len(prompts),
-            per_step=size,
-            seed=recipe.run.seed,
-            own=own,
-            tokenizer=tokenizer,
-            pairs_per_prompt=recipe.reward_model.pairs_per_prompt,
-        ),
+        batches=shuffled_pairs(recipe, tokenizer, prompts, own, recipe.reward_model.pairs_per_prompt),
         steps=steps,
         eval_every=recipe.eval.every_steps or 0,
         evaluate=lambda m: scoring.ranking_figures(m, held_out, tokenizer, budget, runtime),
@@ -107,7 +99,26 @@ def _prompts(recipe: Recipe, pairs: Sequence[Preference]) -> list[streams.Prompt
     return streams.by_prompt(pairs)
 
 
-def epochs(
+def shuffled_pairs(
+    recipe: Recipe,
+    tokenizer: Any,
+    prompts: list[streams.PromptPairs],
+    own: slice,
+    pairs_per_prompt: int | None = None,
+) -> streams.ShuffledPairs:
+    """The pairs of ``batch.prompts_per_step`` prompts a step, of which this process has ``own``."""
+    return streams.ShuffledPairs(
+        epoch_prompts=_epochs(recipe, tokenizer, prompts),
+        per_epoch=len(prompts),
+        per_step=recipe.batch.prompts_per_step,
+        seed=recipe.run.seed,
+        own=own,
+        tokenizer=tokenizer,
+        pairs_per_prompt=pairs_per_prompt,
+    )
+
+
+def _epochs(
     recipe: Recipe, tokenizer: Any, first: list[streams.PromptPairs]
 ) -> Callable[[int], list[streams.PromptPairs]]:
     """epoch → its prompts; labelled text is paired anew each epoch. The last two epochs asked for are kept."""
