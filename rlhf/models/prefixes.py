@@ -31,8 +31,8 @@ class PrefixRows:
 def common_prefix(rows: Sequence[TokenRow]) -> int:
     """Tokens that all rows begin with, short of the last token of the shortest: every text keeps one of its own."""
     longest = min(map(len, rows)) - 1
-    first = rows[0]
-    return next((at for at in range(longest) if any(row[at] != first[at] for row in rows)), longest)
+    low, high = min(rows, key=list), max(rows, key=list)  # what these two share, all rows between them share
+    return next((at for at in range(longest) if low[at] != high[at]), longest)
 
 
 def shared_length(rows: Sequence[TokenRow]) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from rlhf.data.order import epoch_permutation
 from rlhf.interfaces import Collective, Passes, PolicyObjective, TokenStats
+from rlhf.maths import kl
 from rlhf.programs import measure
 from rlhf.rollout import Rollout
 from rlhf.runtime.updater import UpdateReport
@@ -44,9 +46,8 @@ def parts(rollout: Rollout, passes: Passes, seed: int, step: int, epoch: int) ->
 def drift(rollout: Rollout, logprobs: Tensor, collective: Collective) -> float:
     """KL(π_old‖π) in nats a completion: the mean of Σ_t (ρ_t − 1 − log ρ_t), ρ = π/π_old, which is never negative."""
     assert rollout.old_logprobs is not None
-    mask = rollout.completion_mask & rollout.valid[:, None]
-    log_ratio = torch.where(mask, logprobs - rollout.old_logprobs, 0.0).double()
-    total = (torch.expm1(log_ratio) - log_ratio).sum()
+    old, now = rollout.old_logprobs.double(), logprobs.double()
+    total = kl.k3_token_loss_sum(old, now, rollout.completion_mask, rollout.valid)
     return measure.global_means({"drift": (total, rollout.valid.sum())}, collective)["drift"]
 
 
@@ -67,7 +68,7 @@ def metrics(
     passes = passes_of(objective)
     rows = [measure.update_metrics(update.report, max_grad_norm) for update in updates]
     names = dict.fromkeys(name for row in rows for name in row)  # a step that was skipped was not measured
-    means = {name: _mean([row[name] for row in rows if name in row]) for name in names}
+    means = {name: fmean([row[name] for row in rows if name in row]) for name in names}
     means["optim/lr"] = rows[-1]["optim/lr"]
     if passes.updates > 1:
         means["optim/updates"] = float(len(updates))
@@ -75,10 +76,6 @@ def metrics(
     tell = getattr(objective, "diagnostics", None)
     told = [tell(each.report.stats[0], each.part) for each in updates] if tell is not None else [{}]
     return {**means, **(measure.global_means(_joined(told), collective) if told[0] else {})}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _joined(told: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.interfaces import Objective, StatsRequest, TokenStats, Unit
+from rlhf.interfaces import Need, Objective, StatsRequest, TokenStats, Unit
 from rlhf.maths.conjugate_gradient import conjugate_gradient
+from rlhf.maths.kl import exact_local_loss_sum
 from rlhf.models.layout import plain_rows
 from rlhf.models.load import frozen_copy
 from rlhf.models.policy import ScoredModel, token_stats
@@ -97,10 +98,10 @@ class Before:
 
         found = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime).kl
         assert found is not None
-        counted = batch.completion_mask & batch.valid[:, None]
-        sums = torch.stack([torch.where(counted, found.double(), 0.0).sum(), batch.valid.sum().double()])
-        total, count = self.runtime.sum(sums).tolist()
-        return max(float(total), 0.0) / max(float(count), 1.0)
+        total = exact_local_loss_sum(found.double(), batch.completion_mask, batch.valid)
+        sums = torch.stack([total, batch.valid.sum().double()])
+        nats, count = self.runtime.sum(sums).tolist()
+        return max(float(nats), 0.0) / max(float(count), 1.0)
 
 
 def refuse_shards(runtime: Runtime) -> None:
@@ -165,7 +166,7 @@ class StepKl:
 
     temperature: float
     name: str = "step_kl"
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[Need] = frozenset()
     unit: Unit = "completion"
 
     @property
@@ -177,7 +178,7 @@ class StepKl:
 
     def loss_sum(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
         assert stats.kl is not None
-        return {"kl": torch.where(batch.completion_mask & batch.valid[:, None], stats.kl, 0.0).sum()}
+        return {"kl": exact_local_loss_sum(stats.kl, batch.completion_mask, batch.valid)}
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class TrustRegion(Updater):
         """∇KL(π‖π_old) at w_before + step·vector."""
         assert self.before is not None
         self.before.place(vector, step)
-        objective: Objective = StepKl(temperature=term.objective.request.temperature)  # type: ignore[assignment]
+        objective: Objective = StepKl(temperature=term.objective.request.temperature)
         self.accumulate([Term(objective=objective, batch=term.batch)], PolicyForward(self.before.old))
         return _taken([now for now, _ in self.before.weights()])
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.models import masks
 from rlhf.rollout import pad_rows
@@ -130,13 +131,13 @@ class DecodeLoop:
     def _forward(self, ids: Tensor, positions: Tensor, distance: Tensor, cache: Captured | Slots) -> Tensor:
         """Final hidden states. distance [·, 1, q, k]: how far before its query a key stands; behind it, negative."""
         decoder = getattr(self.lm, self.lm.base_model_prefix)
-        name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+        kind: Any = type(decoder)
         found = decoder(
             input_ids=ids,
             attention_mask=masks.masks(self.lm, distance >= 0, distance),
             position_ids=positions,
             use_cache=True,
-            **{name: cache},
+            **{_cache_argument(kind): cache},
         )
         hidden: Tensor = found.last_hidden_state
         return hidden
@@ -145,6 +146,12 @@ class DecodeLoop:
         logits: Tensor = self.lm.lm_head(hidden)
         cap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@lru_cache
+def _cache_argument(decoder: type[nn.Module]) -> str:
+    """What transformers calls the cache, which changed within version 5."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
