@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/compare_trl.py                    40 minutes, 1 thread
     OMP_NUM_THREADS=1 python benchmarks/compare_trl.py --only W1 --rounds 2
 
-Each side is a process of its own (trl_sides.py) on models with random weights (trl_workloads.py); they step in turn, and
-whoever goes first changes from round to round. Both draw the same tokens; where they do not, the script says so, and
-exits with 1 where the numbers of tokens differ. Ratios TRL / ours are medians over rounds of the ratio within a round.
-After the rounds one step each is watched for memory (bytes of tensors beyond what is held between steps) and one for
-floating-point operations of matrix products. The floor is the time that ours would take at this core's fastest product.
+Each side is a process of its own (trl_sides.py) on models with random weights (trl_workloads.py); they step in turn,
+and whoever goes first changes from round to round. Both draw the same tokens; where they do not, the script says so,
+and exits with 1 where the numbers of tokens differ. Ratios TRL / ours are medians over rounds of the ratio within a
+round. After the rounds one step each is watched for memory (bytes of tensors beyond what is held between steps) and one
+for floating-point operations of matrix products. The floor is what ours would take at this core's fastest product.
 
 Writes results/compare_trl.json.
 """

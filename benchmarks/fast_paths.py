@@ -23,7 +23,7 @@ import record
 import torch
 
 from rlhf.data import quickstart
-from rlhf.interfaces import Alone, StatsRequest, TrainState
+from rlhf.interfaces import Alone, StatsRequest, TokenStats, TrainState
 from rlhf.models.chat import stop_ids
 from rlhf.models.layout import Layout, SharedPrompts, plain_rows
 from rlhf.models.load import frozen_copy, load_causal_lm, load_tokenizer
@@ -31,7 +31,7 @@ from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import FrozenReference
 from rlhf.objectives.reinforce import Reinforce
 from rlhf.rewards.model import RewardModel, load_reward_model
-from rlhf.rollout import Prompt, Rollout, Turn
+from rlhf.rollout import Prompt, Rollout, TokenBatch, Turn
 from rlhf.runtime import microbatches
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import PolicyForward, Term, Updater
@@ -83,11 +83,13 @@ def phases(models: Models, asked: list[Prompt]) -> dict[str, dict[str, Callable[
         return sampler.sample(models.policy.causal_lm, asked, range(len(asked)), 1)
 
     def reference(layout: Layout) -> Any:
-        request = StatsRequest()
-        return microbatches.score(rollout, lambda part: models.reference.stats(layout(part), request), BUDGET)
+        def forward(part: TokenBatch) -> TokenStats:
+            return models.reference.stats(layout(part), StatsRequest())
+
+        return microbatches.score(rollout, forward, BUDGET, None, layout.cells)
 
     def update(layout: Layout) -> Any:
-        updater = replace(models.updater, forward=PolicyForward(models.reference, layout))
+        updater = replace(models.updater, forward=PolicyForward(models.reference, layout), cost=layout.cells)
         return updater.step([Term(objective=Reinforce(beta=0.6), batch=batch)], 1)
 
     shared = SharedPrompts()

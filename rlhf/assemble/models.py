@@ -15,14 +15,13 @@ from rlhf.data import load as data
 from rlhf.errors import UserError
 from rlhf.models import load, masks, scratch
 from rlhf.models.critic import Critic, ValueHead
-from rlhf.models.layout import Layout, SharedPrompts, plain_rows
+from rlhf.models.layout import Cost, Layout, SharedPrompts, plain_rows
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import FrozenReference, MovingReference, Reference
 from rlhf.objectives.presets import OBJECTIVES
 from rlhf.recipe import Recipe
 from rlhf.runtime import distributed, step_size
 from rlhf.runtime.distributed import Runtime
-from rlhf.runtime.microbatches import Cost, padded_tokens
 from rlhf.runtime.schedule import learning_rate_schedule
 from rlhf.runtime.updater import Forward, Updater
 
@@ -161,7 +160,7 @@ def updater(
     optimizer: Any,
     forward: Forward,
     steps: int,
-    cost: Cost = padded_tokens,
+    cost: Cost = plain_rows.cells,
 ) -> Updater:
     """``steps``: the learning rate's horizon, in optimizer steps. ``cost``: what ``forward`` makes of a microbatch.
 

@@ -133,7 +133,13 @@ def build(recipe: Recipe, session: Session) -> Job:
         beta=recipe.kl.beta,
         layout=layout,
         updater=models.updater(
-            recipe, runtime, wrapped, optimizer, PolicyForward(anchor, layout), steps * passes_of(goal).updates
+            recipe,
+            runtime,
+            wrapped,
+            optimizer,
+            PolicyForward(anchor, layout),
+            steps * passes_of(goal).updates,
+            layout.cells,
         ),
         prompts=streams.ShuffledPrompts(
             prompts=train_prompts, per_step=recipe.batch.prompts_per_step, seed=recipe.run.seed, own=own

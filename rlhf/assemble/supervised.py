@@ -15,7 +15,7 @@ from rlhf.assemble import data, models
 from rlhf.assemble.job import Job
 from rlhf.data.examples import Preference
 from rlhf.models.chat import render_completion, render_prompt
-from rlhf.models.layout import PackedRows, plain_rows
+from rlhf.models.layout import Layout, PackedRows, plain_rows
 from rlhf.models.load import base_model
 from rlhf.models.policy import ScoredModel
 from rlhf.models.scalar import ScalarModel, scalar_forward
@@ -26,7 +26,6 @@ from rlhf.programs import supervised as program
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
 from rlhf.runtime import distributed
-from rlhf.runtime.microbatches import padded_tokens, real_tokens
 from rlhf.runtime.updater import PolicyForward
 
 
@@ -44,12 +43,12 @@ def sft(recipe: Recipe, session: Session) -> Job:
     policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
     budget = recipe.batch.microbatch_tokens
-    layout, cost = (PackedRows(), real_tokens) if recipe.sft.packing else (plain_rows, padded_tokens)
+    layout: Layout = PackedRows() if recipe.sft.packing else plain_rows
     run = program.SupervisedRun(
         session=session,
         model=wrapped,
         objective=Demonstrations(),
-        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(layout=layout), steps, cost),
+        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(layout=layout), steps, layout.cells),
         batches=streams.ShuffledDemonstrations(rows=rows, per_step=size, seed=recipe.run.seed, own=own),
         steps=steps,
         eval_every=recipe.eval.every_steps or 0,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,30 +36,67 @@ class Rows:
     segments: Tensor | None = None
 
 
+class Size(NamedTuple):
+    """What a forward holds: rows (completions), its longest prompt and completion, its real tokens with a prompt for
+    every row; units (groups, pairs), and the longest of them with its prompt once."""
+
+    rows: int
+    prompt: int
+    completion: int
+    tokens: int
+    units: int
+    longest: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[int], completions: Sequence[int]) -> Size:
+        """Of one unit, by the lengths of its rows."""
+        total = sum(completions)
+        longest = max(prompts) + total
+        return cls(len(prompts), max(prompts), max(completions), sum(prompts) + total, 1, longest)
+
+    def joined(self, other: Size) -> Size:
+        most = max(self.prompt, other.prompt), max(self.completion, other.completion)
+        rows, tokens, units = self.rows + other.rows, self.tokens + other.tokens, self.units + other.units
+        return Size(rows, *most, tokens, units, max(self.longest, other.longest))
+
+
+Cost = Callable[[Size], int]
+
+
 class Layout(Protocol):
     def __call__(self, batch: TokenBatch) -> Rows: ...
 
+    def cells(self, size: Size) -> int:
+        """R·L of a forward that holds so much: what it costs, padding included."""
 
-def plain_rows(batch: TokenBatch) -> Rows:
-    """One row per completion: left-padded prompt, right-padded completion.
 
-    Raises ValueError where a prompt is empty: nothing would predict the first token (render at least a BOS).
-    """
-    if len(batch) and not bool(batch.prompt_mask.any(dim=1).all()):
-        raise ValueError("every prompt needs at least one token, or nothing predicts the completion's first")
-    input_ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1).long()
-    rows, columns = batch.completion_mask.nonzero(as_tuple=True)
-    width, prompt_width = input_ids.shape[1], batch.prompt_ids.shape[1]
-    return Rows(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-        source=rows * width + prompt_width - 1 + columns,
-        target=batch.completion_ids[rows, columns],
-        place=rows * batch.completion_ids.shape[1] + columns,
-        shape=(len(batch), batch.completion_ids.shape[1]),
-    )
+@dataclass(frozen=True)
+class PlainRows:
+    """One row per completion: left-padded prompt, right-padded completion."""
+
+    def cells(self, size: Size) -> int:
+        return size.rows * (size.prompt + size.completion)
+
+    def __call__(self, batch: TokenBatch) -> Rows:
+        """Raises ValueError where a prompt is empty: nothing would predict the first token (render at least a BOS)."""
+        if len(batch) and not bool(batch.prompt_mask.any(dim=1).all()):
+            raise ValueError("every prompt needs at least one token, or nothing predicts the completion's first")
+        input_ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+        mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1).long()
+        rows, columns = batch.completion_mask.nonzero(as_tuple=True)
+        width, prompt_width = input_ids.shape[1], batch.prompt_ids.shape[1]
+        return Rows(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            source=rows * width + prompt_width - 1 + columns,
+            target=batch.completion_ids[rows, columns],
+            place=rows * batch.completion_ids.shape[1] + columns,
+            shape=(len(batch), batch.completion_ids.shape[1]),
+        )
+
+
+plain_rows = PlainRows()
 
 
 @dataclass(frozen=True)
@@ -72,6 +110,13 @@ class SharedPrompts:
 
     row_tokens: int = 4096
 
+    def cells(self, size: Size) -> int:
+        plain, shared = plain_rows.cells(size), size.units * size.longest
+        return shared if self._worth(plain, shared, size.longest) else plain
+
+    def _worth(self, plain: int, shared: int, longest: int) -> bool:
+        return 10 * shared <= 9 * plain and longest <= self.row_tokens
+
     def __call__(self, batch: TokenBatch) -> Rows:
         groups: dict[int, list[int]] = {}
         for row, group in enumerate(batch.group.tolist()):
@@ -80,8 +125,8 @@ class SharedPrompts:
         widths = [prompt[rows[0]] + sum(completion[row] for row in rows) for rows in groups.values()]
         longest = max(widths, default=0)
         plain = len(batch) * (batch.prompt_ids.shape[1] + batch.completion_ids.shape[1])
-        worth = 10 * len(groups) * longest <= 9 * plain
-        if not worth or longest > self.row_tokens or not _same_prompts(batch, list(groups.values())):
+        worth = self._worth(plain, len(groups) * longest, longest)
+        if not worth or not _same_prompts(batch, list(groups.values())):
             return plain_rows(batch)
         return _shared(batch, list(groups.values()), prompt, completion, longest)
 
@@ -141,6 +186,9 @@ class PackedRows:
     """
 
     row_tokens: int = 2048
+
+    def cells(self, size: Size) -> int:
+        return size.tokens
 
     def __call__(self, batch: TokenBatch) -> Rows:
         """Raises ValueError where a prompt is empty, as ``plain_rows`` does."""

@@ -68,4 +68,5 @@ def _greedy_rewards(
 
 def scored(run: PolicyRun, batch: TokenBatch, forward: Callable[[TokenBatch], TokenStats]) -> TokenStats:
     """Statistics of the whole batch, in the update's own microbatches."""
-    return microbatches.score(batch, forward, run.updater.microbatch_tokens, run.session.runtime)
+    updater = run.updater
+    return microbatches.score(batch, forward, updater.microbatch_tokens, run.session.runtime, updater.cost)

@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf.interfaces import StatsRequest
+from rlhf.interfaces import StatsRequest, TokenStats
 from rlhf.models.layout import Layout, plain_rows
 from rlhf.models.load import base_model
 from rlhf.models.reference import Reference
 from rlhf.objectives.dpo import ReferencedPairs
 from rlhf.objectives.supervised import PairBatch
 from rlhf.programs.streams import ShuffledPairs
+from rlhf.rollout import TokenBatch
 from rlhf.runtime import microbatches
 from rlhf.runtime.distributed import Runtime
 
@@ -60,10 +61,10 @@ class ReferenceCache:
         return _with(batch, [found[digest] for digest in digests])
 
     def _compute(self, batch: PairBatch, digests: list[Digest]) -> dict[Digest, Tensor]:
-        request, budget = StatsRequest(), self.microbatch_tokens
-        found = microbatches.score(
-            batch, lambda part: self.reference.stats(self.layout(part), request), budget, self.runtime
-        )
+        def forward(part: TokenBatch) -> TokenStats:
+            return self.reference.stats(self.layout(part), StatsRequest())
+
+        found = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime, self.layout.cells)
         rows = zip(digests, found.logprobs, batch.completion_mask, strict=True)
         return {digest: row[mask].cpu() for digest, row, mask in rows}
 

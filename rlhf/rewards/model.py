@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from rlhf.errors import UserError
 from rlhf.models import masks
 from rlhf.models.chat import render_completion, render_prompt
+from rlhf.models.layout import Size, plain_rows
 from rlhf.models.prefixes import share_prefixes, shared_length
 from rlhf.models.scalar import ScalarModel
 from rlhf.rewards import canary
 from rlhf.rollout import Prompt, Rollout, pad_rows
+from rlhf.runtime.microbatches import pack
 
 LONGEST_SHARED = 4096  # tokens of a row: its mask is quadratic
 
@@ -66,8 +68,8 @@ class RewardModel:
         scores = torch.full((len(rows),), torch.nan)
         fitting = [i for i, row in enumerate(rows) if self.max_tokens is None or len(row) <= self.max_tokens]
         groups = self._groups(prompts, rows, fitting)
-        lengths = [shared_length([rows[i] for i in group]) for group in groups]
-        for part in microbatches(lengths, self.microbatch_tokens):
+        sizes = [Size.of([0], [shared_length([rows[i] for i in group])]) for group in groups]
+        for part in pack(sizes, self.microbatch_tokens, plain_rows.cells):
             chosen = [groups[index] for index in part]
             found = self.forward_groups([[rows[i] for i in group] for group in chosen])
             scores[[i for group in chosen for i in group]] = found.float().cpu() - self.center
@@ -127,17 +129,6 @@ class RewardModel:
         low = self.compute_dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(device.type, dtype=self.compute_dtype if low else None, enabled=low):
             return cast(Tensor, model(input_ids=ids, attention_mask=mask.long()).logits.squeeze(-1))
-
-
-def microbatches(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
-    """Row indices packed longest first while rows × longest stays within the budget; a longer row goes alone."""
-    packed: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if packed and (len(packed[-1]) + 1) * lengths[packed[-1][0]] <= budget_tokens:
-            packed[-1].append(index)
-        else:
-            packed.append([index])
-    return packed
 
 
 def load_reward_model(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.interfaces import Collective, TokenStats
+from rlhf.models.layout import Cost, Size, plain_rows
 from rlhf.rollout import TokenBatch
 
 
@@ -23,41 +23,20 @@ class Microbatch:
     filler: bool = False
 
 
-class Size(NamedTuple):
-    """What a microbatch holds: its rows, its longest prompt and completion, and its real tokens."""
-
-    rows: int
-    prompt: int
-    completion: int
-    tokens: int
-
-    def joined(self, other: Size) -> Size:
-        longest = max(self.prompt, other.prompt), max(self.completion, other.completion)
-        return Size(self.rows + other.rows, *longest, self.tokens + other.tokens)
-
-
-Cost = Callable[[Size], int]
-
-
-def padded_tokens(size: Size) -> int:
-    """Tokens of a forward that pads every row to the longest."""
-    return size.rows * (size.prompt + size.completion)
-
-
-def real_tokens(size: Size) -> int:
-    """Tokens of a forward that packs its rows."""
-    return size.tokens
-
-
 def split(
-    batch: TokenBatch, budget_tokens: int, collective: Collective | None = None, cost: Cost = padded_tokens
+    batch: TokenBatch, budget_tokens: int, collective: Collective | None = None, cost: Cost = plain_rows.cells
 ) -> list[Microbatch]:
-    """Longest units first, greedily packed while their ``cost`` in tokens stays within ``budget_tokens``.
+    """Units packed by ``pack``: a pure function of the lengths and groups.
 
-    A single unit larger than the budget is a microbatch of its own. Every rank gets the same number of microbatches
-    (the largest over ranks), the missing ones as fillers. The split is a pure function of the lengths and groups.
+    Every rank gets the same number of microbatches (the largest over ranks), the missing ones as fillers.
     """
-    cuts = _pack(_units(batch), batch.prompt_mask.sum(1), batch.completion_mask.sum(1), budget_tokens, cost)
+    prompts, completions, units = (
+        batch.prompt_mask.sum(1).tolist(),
+        batch.completion_mask.sum(1).tolist(),
+        _units(batch),
+    )
+    sizes = [Size.of([prompts[row] for row in unit], [completions[row] for row in unit]) for unit in units]
+    cuts = [torch.tensor([row for at in cut for row in units[at]]) for cut in pack(sizes, budget_tokens, cost)]
     microbatches = [Microbatch(batch.select(rows), rows) for rows in cuts]
     if collective is not None and collective.world_size > 1:
         count = torch.tensor(len(microbatches), device=batch.group.device)
@@ -66,32 +45,33 @@ def split(
     return microbatches
 
 
+def pack(sizes: Sequence[Size], budget_tokens: int, cost: Cost) -> list[list[int]]:
+    """Indices of the sizes by forward: widest first, while their joint ``cost`` in tokens stays within the budget.
+
+    A single one beyond the budget has a forward of its own. A forward is also closed where the next one would cost a
+    seventh more in it than alone, once it holds a sixteenth of the budget: padding is work too.
+    """
+    order = sorted(range(len(sizes)), key=lambda at: (-cost(sizes[at]) / sizes[at].rows, at))  # ties: reproducible
+    cuts: list[list[int]] = []
+    held = Size(0, 0, 0, 0, 0, 0)
+    for at in order:
+        joined, alone = held.joined(sizes[at]), cost(sizes[at])
+        padded = 7 * (cost(joined) - cost(held)) > 8 * alone and 16 * held.tokens >= budget_tokens
+        if cuts and cost(joined) <= budget_tokens and not padded:
+            cuts[-1].append(at)
+            held = joined
+        else:
+            cuts.append([at])
+            held = sizes[at]
+    return cuts
+
+
 def _units(batch: TokenBatch) -> list[list[int]]:
     """Row indices of each unit, in order of first appearance."""
     units: dict[int, list[int]] = {}
     for row, group in enumerate(batch.group.tolist()):
         units.setdefault(group, []).append(row)
     return list(units.values())
-
-
-def _pack(units: list[list[int]], prompts: Tensor, completions: Tensor, budget: int, cost: Cost) -> list[Tensor]:
-    p, c = prompts.tolist(), completions.tolist()
-    sized = [(_size([p[row] for row in unit], [c[row] for row in unit]), unit) for unit in units]
-    sized.sort(key=lambda item: (-(item[0].prompt + item[0].completion), item[1][0]))  # ties by position: reproducible
-    cuts: list[list[int]] = []
-    held = Size(0, 0, 0, 0)
-    for size, unit in sized:
-        if cuts and cost(held.joined(size)) <= budget:
-            cuts[-1].extend(unit)
-            held = held.joined(size)
-        else:
-            cuts.append(list(unit))
-            held = size
-    return [torch.tensor(rows, dtype=torch.long) for rows in cuts]
-
-
-def _size(prompts: list[int], completions: list[int]) -> Size:
-    return Size(len(prompts), max(prompts), max(completions), sum(prompts) + sum(completions))
 
 
 def _filler(like: Microbatch) -> Microbatch:
@@ -135,6 +115,7 @@ def score(
     forward: Callable[[TokenBatch], TokenStats],
     budget_tokens: int,
     collective: Collective | None = None,
+    cost: Cost = plain_rows.cells,
 ) -> TokenStats:
     """Statistics of a whole batch without gradient, cut exactly as an update would cut it.
 
@@ -142,6 +123,6 @@ def score(
     that has not moved must be exactly 0.
     """
     collected = Collected(len(batch), batch.completion_ids.shape[1])
-    for microbatch in split(batch, budget_tokens, collective):
+    for microbatch in split(batch, budget_tokens, collective, cost):
         collected.add(microbatch, forward(microbatch.batch))
     return collected.stats()

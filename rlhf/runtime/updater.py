@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.interfaces import Objective, TokenStats
-from rlhf.models.layout import Layout, plain_rows
+from rlhf.models.layout import Cost, Layout, plain_rows
 from rlhf.models.policy import token_stats
 from rlhf.models.reference import Reference
 from rlhf.rollout import TokenBatch
 from rlhf.runtime.distributed import Runtime
-from rlhf.runtime.microbatches import Collected, Cost, Microbatch, padded_tokens, split
+from rlhf.runtime.microbatches import Collected, Microbatch, split
 
 
 class Forward(Protocol):
@@ -103,7 +103,7 @@ class Updater:
     forward: Forward
     microbatch_tokens: int
     max_grad_norm: float | None = 1.0
-    cost: Cost = padded_tokens
+    cost: Cost = plain_rows.cells
     limit: Limit | None = None
 
     def step(self, terms: Sequence[Term], optimizer_step: int) -> UpdateReport:

@@ -7,10 +7,10 @@ import torch
 
 from rlhf.interfaces import StatsRequest
 from rlhf.models import scratch
-from rlhf.models.layout import PackedRows, plain_rows
+from rlhf.models.layout import Layout, PackedRows, plain_rows
 from rlhf.models.policy import ScoredModel, token_stats
 from rlhf.objectives.supervised import DemonstrationBatch, Demonstrations
-from rlhf.runtime.microbatches import padded_tokens, real_tokens, split
+from rlhf.runtime.microbatches import split
 from rlhf.runtime.updater import PolicyForward, Term, Updater
 from tests.support import alone, weights
 
@@ -66,10 +66,10 @@ def test_an_empty_prompt_is_refused() -> None:
 def change(packing: bool, budget: int) -> torch.Tensor:
     policy = model("gemma2")
     before = weights(policy)
-    layout, cost = (PackedRows(20), real_tokens) if packing else (plain_rows, padded_tokens)
+    layout: Layout = PackedRows(20) if packing else plain_rows
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     forward = PolicyForward(layout=layout)
-    updater = Updater(alone(), policy, optimizer, lambda step: 1.0, forward, budget, None, cost)
+    updater = Updater(alone(), policy, optimizer, lambda step: 1.0, forward, budget, None, layout.cells)
     updater.step([Term(objective=Demonstrations(), batch=batch())], 1)
     return weights(policy) - before
 
@@ -84,5 +84,5 @@ def test_the_gradient_is_that_of_plain_rows_however_it_is_cut() -> None:
 def test_a_budget_counts_padding_only_where_there_is_any() -> None:
     """49 real tokens; padded to 5 + 11 the six rows are 96."""
     assert int(batch().lengths.sum()) == 49
-    assert len(split(batch(), 49, cost=real_tokens)) == 1
+    assert len(split(batch(), 49, cost=PackedRows().cells)) == 1
     assert len(split(batch(), 49)) > 1

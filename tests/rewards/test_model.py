@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from rlhf.errors import UserError
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.models.scratch import END_OF_TURN_ID, build_causal_lm, build_config, build_reward_model, train_tokenizer
-from rlhf.rewards.model import RewardModel, load_reward_model, microbatches, short_name
+from rlhf.rewards.model import RewardModel, load_reward_model, short_name
 from rlhf.rollout import Prompt, Rollout, Turn
 
 POLICY_TOKENIZER = train_tokenizer(["a wholly different corpus, so other merges"] * 4, 280)
@@ -158,13 +158,6 @@ def test_a_classifier_without_a_decoder_head_is_scored_through_its_own_forward()
     ids = torch.tensor([source().token_rows(batch)[4]])
     with torch.no_grad():
         assert scores[4].item() == pytest.approx(model(input_ids=ids).logits.item(), abs=1e-5)
-
-
-def test_microbatches_are_packed_within_the_budget() -> None:
-    lengths = [3, 10, 4, 10, 2, 30]
-    packed = microbatches(lengths, budget_tokens=20)
-    assert packed == [[5], [1, 3], [2, 0, 4]]
-    assert sorted(index for part in packed for index in part) == list(range(6))
 
 
 @pytest.mark.parametrize(
