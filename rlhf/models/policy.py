@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlhf.errors import UserError
 from rlhf.interfaces import StatsRequest, TokenStats
 from rlhf.models import masks
-from rlhf.models.head import CHUNK_BYTES, ChunkedHead, PositionStats, ReferenceStates
+from rlhf.models.head import ChunkedHead, PositionStats, ReferenceStates
 from rlhf.models.layout import Rows
 from rlhf.models.load import base_model
 
@@ -28,7 +28,7 @@ class ScoredModel(nn.Module):
         causal_lm: nn.Module,
         *,
         compute_dtype: torch.dtype = torch.float32,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         critic: nn.Module | None = None,
     ) -> None:
         super().__init__()
