@@ -66,6 +66,7 @@ def classifier(recipe: Recipe, tokenizer: Any) -> nn.Module:
 
 def _adapted(recipe: Recipe, model: nn.Module, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> nn.Module:
     lora = recipe.policy.lora
+    load.keep_activations(model, recipe.batch.activations)
     if lora is None:
         return model
     return load.add_lora(model, load.LoraSpec(lora.r, lora.alpha, lora.targets), recipe.run.seed, task=task)
@@ -82,6 +83,11 @@ def _scratch_config(recipe: Recipe, tokenizer: Any) -> Any:
         vocab_size=len(tokenizer),
         intermediate_size=spec.intermediate_size,
     )
+
+
+def scored(recipe: Recipe, runtime: Runtime, lm: nn.Module, critic: nn.Module | None = None) -> ScoredModel:
+    """The policy as it is trained. Nothing but the optimizer reads a gradient where there is one process."""
+    return ScoredModel(lm, compute_dtype=compute_dtype(recipe), critic=critic, fused=runtime.kind == "single")
 
 
 def parameters(model: nn.Module) -> int:
@@ -116,6 +122,7 @@ def critic(recipe: Recipe, tokenizer: Any, policy: nn.Module, note: Callable[[st
         model: Any = scratch.build_reward_model(_scratch_config(recipe, tokenizer), recipe.run.seed)
     else:
         model = load.load_classifier(path, recipe.run.seed, attention=recipe.policy.attention)
+    load.keep_activations(model, recipe.batch.activations)
     if settings.init == "zeros":
         torch.nn.init.zeros_(model.score.weight)
     return Critic(model)
@@ -135,12 +142,12 @@ def reference(recipe: Recipe, policy: ScoredModel, runtime: Runtime) -> FrozenRe
         return None
     else:
         model = load.frozen_copy(policy.causal_lm)
-    scored = ScoredModel(model, compute_dtype=dtype).to(runtime.device)
+    frozen = ScoredModel(model, compute_dtype=dtype).to(runtime.device)
     if not moves:
-        return FrozenReference(scored)
+        return FrozenReference(frozen)
     if runtime.sharded:
         raise UserError("reference.ema and reset_steps read whole weights, which ZeRO-3 shards: use ZeRO-2, or set 0")
-    follower = MovingReference(scored, policy, settings.ema if settings.ema > 0 else 1.0, settings.reset_steps)
+    follower = MovingReference(frozen, policy, settings.ema if settings.ema > 0 else 1.0, settings.reset_steps)
     follower.refuse_strangers()
     return follower
 

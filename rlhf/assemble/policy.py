@@ -15,7 +15,6 @@ from rlhf.errors import UserError
 from rlhf.interfaces import PolicyObjective
 from rlhf.locate import named_code
 from rlhf.models.chat import Dialogue, stop_ids
-from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import AdapterOffReference, MovingReference, Reference
 from rlhf.objectives.presets import preset
 from rlhf.objectives.supervised import Demonstrations
@@ -111,11 +110,8 @@ def build(recipe: Recipe, session: Session) -> Job:
     goal = objective(recipe)
     _minibatches_have_prompts(goal, own)
     lm = models.causal_lm(recipe, tokenizer)
-    policy = ScoredModel(
-        lm,
-        compute_dtype=models.compute_dtype(recipe),
-        critic=models.critic(recipe, tokenizer, lm, session.note) if "values" in goal.needs else None,
-    )
+    critic = models.critic(recipe, tokenizer, lm, session.note) if "values" in goal.needs else None
+    policy = models.scored(recipe, runtime, lm, critic)
     _say_where_the_judge_is_the_smaller(session, scores, policy)
     anchor: Reference | None = models.reference(recipe, policy, runtime)
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))

@@ -40,7 +40,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     steps = recipe.run.steps or math.ceil(len(prompts) / size)
     judges = rewards.with_judges(recipe, runtime, rewards.reward_set(recipe, runtime, steps=steps), steps=steps)
     held_out = _held_out(recipe, session, tokenizer, pairs) if judges.models or judges.functions else []
-    trained = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
+    trained = models.scored(recipe, runtime, models.causal_lm(recipe, tokenizer))
     anchor: Reference | None = models.reference(recipe, trained, runtime)
     wrapped, optimizer = distributed.prepare(runtime, trained, models.adamw(recipe, trained))
     anchor = anchor or AdapterOffReference(wrapped, trained)

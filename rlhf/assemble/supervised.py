@@ -17,7 +17,6 @@ from rlhf.data.examples import Preference
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.models.layout import Layout, PackedRows, plain_rows
 from rlhf.models.load import base_model
-from rlhf.models.policy import ScoredModel
 from rlhf.models.scalar import ScalarModel, scalar_forward
 from rlhf.objectives.supervised import BradleyTerry, Demonstrations
 from rlhf.programs import reward_figures as figures
@@ -40,7 +39,7 @@ def sft(recipe: Recipe, session: Session) -> Job:
         for part in data.train_and_eval(data.demonstrations, recipe, session.note, tokenizer)
     )
     steps = recipe.run.steps or recipe.sft.epochs * math.ceil(len(rows) / size)
-    policy = ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=models.compute_dtype(recipe))
+    policy = models.scored(recipe, runtime, models.causal_lm(recipe, tokenizer))
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
     budget = recipe.batch.microbatch_tokens
     layout: Layout = PackedRows() if recipe.sft.packing else plain_rows

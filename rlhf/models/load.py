@@ -170,6 +170,17 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
+def keep_activations(model: nn.Module, how: Literal["keep", "recompute", "offload"]) -> None:
+    """What is held of a transformers model's layers for backward. It acts in training mode alone: not in rollouts, nor
+    in a frozen copy. Raises UserError where there is no device to take anything off."""
+    if how == "keep":
+        return
+    if how == "offload" and not torch.accelerator.is_available():
+        raise UserError("batch.activations=offload moves them off a GPU, and there is none here; set recompute or keep")
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False}, **({"offload": True} if how == "offload" else {}))
+
+
 def export(
     model: nn.Module,
     tokenizer: Any,

@@ -21,6 +21,7 @@ class ScoredModel(nn.Module):
     causal_lm: a transformers causal LM, or a PeftModel around one. Its ``lm_head`` is replaced by a ``ChunkedHead``.
     compute_dtype: autocast type of the forward; float32 and float64 run as they are. critic: one of ``models.critic``
     where the objective asks for values; it is trained and checkpointed with the policy and no part of ``causal_lm``.
+    fused: ``ChunkedHead``'s.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class ScoredModel(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         chunk_bytes: int | None = None,
         critic: nn.Module | None = None,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
@@ -43,6 +45,7 @@ class ScoredModel(nn.Module):
             inner.lm_head = ChunkedHead(
                 inner.lm_head, getattr(text_config, "final_logit_softcapping", None), chunk_bytes=chunk_bytes
             )
+        self.head.fused = fused
         switch_off_dropout(self)
 
     def _inner(self) -> Any:

@@ -400,6 +400,11 @@ class Batch(Section):
         default=128, description="Prompts of a rollout, or of reward with all their pairs; rows of sft."
     )
     microbatch_tokens: Count = Field(default=16384, description="Tokens of one forward and backward.")
+    activations: Literal["keep", "recompute", "offload"] = Field(
+        default="keep",
+        description="What backward needs of the layers: kept; computed again from each layer's input (a third slower); "
+        "those inputs in host memory too (GPU).",
+    )
     share_prompts: bool = Field(
         default=True,
         description="A prompt once for all its completions in one row, where the model is known and it pays.",

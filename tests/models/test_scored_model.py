@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from rlhf.errors import UserError
 from rlhf.interfaces import StatsRequest, TokenStats
 from rlhf.models.head import ChunkedHead, PositionStats, ReferenceStates
-from rlhf.models.layout import plain_rows
+from rlhf.models.layout import SharedPrompts, plain_rows
+from rlhf.models.load import keep_activations
 from rlhf.models.policy import ScoredModel, token_stats
 from rlhf.models.reference import FrozenReference
 from rlhf.models.scratch import build_causal_lm, build_config
@@ -132,22 +136,99 @@ def test_chunks_do_not_change_values_or_gradients(name: str) -> None:
     assert float((one - other).norm() / one.norm()) <= 1e-12
 
 
-def test_chunks_bound_the_logits_held() -> None:
-    """Nine positions in chunks of three: no tensor saved for backward has more than three rows of V."""
-    model = ScoredModel(language_model(), chunk_bytes=THREE_POSITIONS)
-    widest = []
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that any operation makes."""
 
-    def note(value: Tensor) -> Tensor:
-        if value.dim() == 2 and value.shape[-1] == VOCAB and value.shape[0] != VOCAB:
-            widest.append(value.shape[0])
-        return value
+    elements = 0
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        total = token_stats(model, plain_rows(batch()), StatsRequest()).logprobs.sum()
-    assert widest == []  # between forward and backward there are none at all
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for made in found if isinstance(found, tuple | list) else [found]:
+            self.elements = max(self.elements, made.numel() if isinstance(made, Tensor) else 0)
+        return found
+
+
+def test_a_tile_is_the_most_that_is_ever_made_of_the_logits() -> None:
+    """60 positions × 50 ids are 3,000 logits; tiles have 150, and nothing else is larger than the weight's 800."""
+    head = ChunkedHead(nn.Linear(16, VOCAB, bias=False), softcap=2.0, chunk_bytes=THREE_POSITIONS)
+    hidden, targets = torch.randn(60, 16, requires_grad=True), torch.arange(60) % VOCAB
+    request = StatsRequest(temperature=0.7, entropy=True, score_norms=True, reference=True)
+    with Largest() as forward:
+        stats = PositionStats(*head(hidden, targets, request, ReferenceStates(hidden.detach(), head)))
+    assert stats.kl is not None
+    with Largest() as backward:
+        (stats.logprobs + stats.kl).sum().backward()  # type: ignore[no-untyped-call]
+    assert max(forward.elements, backward.elements) <= 60 * 16
+
+
+def test_the_gradient_is_added_to_the_weight_where_it_lies() -> None:
+    """Two microbatches: the sum is that of plain accumulation, and the buffer stays the same one."""
+    fused, plain = (ScoredModel(language_model(), fused=fused) for fused in (True, False))
+    buffers = []
+    for _ in range(2):
+        for model in (fused, plain):
+            token_stats(model, plain_rows(batch()), StatsRequest()).logprobs.sum().backward()  # type: ignore[no-untyped-call]
+        buffers.append(fused.head.weight.grad)
+    assert buffers[0] is buffers[1]
+    for one, other in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-5)  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+def test_layers_computed_again_give_the_same_gradient(family: str) -> None:
+    """`batch.activations: recompute`, with rows that share a prompt: masks of ours go through it too."""
+    tokens = replace(batch(), prompt_ids=batch().prompt_ids[[2, 2, 2]], prompt_mask=batch().prompt_mask[[2, 2, 2]])
+    rows = SharedPrompts()(replace(tokens, group=torch.zeros_like(tokens.group)))
+    assert rows.segments is not None
+    gradients, kept = [], []
+    for again in (False, True):
+        model, saved = ScoredModel(language_model(family)).train(), []
+        if again:
+            keep_activations(model.causal_lm, "recompute")
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: (saved.append(x.numel()), x)[1], lambda x: x
+        ):
+            total = token_stats(model, rows, StatsRequest()).logprobs.sum()
         total.backward()  # type: ignore[no-untyped-call]
-    assert max(widest, default=0) <= 3
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        kept.append(sum(saved))
+    assert torch.equal(*gradients)
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device to take them off")
+def test_activations_cannot_leave_a_device_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"batch\.activations=offload .* set recompute or keep"):
+        keep_activations(language_model(), "offload")
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    for fused in (True, False):
+        linear = nn.Linear(4, VOCAB).requires_grad_(False)
+        head, hidden = ChunkedHead(linear), torch.randn(7, 4, requires_grad=True)
+        head.fused = fused
+        head(hidden, torch.arange(7), StatsRequest())[0].sum().backward()
+        assert linear.weight.grad is None and linear.bias.grad is None and hidden.grad is not None
+
+
+def test_bf16_gradients_are_those_of_autocast() -> None:
+    """The same products in bf16 and the rest in fp32: as near to fp32 as torch's own autocast is."""
+    torch.manual_seed(0)
+    linear, hidden, targets = (
+        nn.Linear(64, VOCAB, bias=False),
+        torch.randn(40, 64, requires_grad=True),
+        torch.arange(40),
+    )
+
+    def gradient(value: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value.sum(), (linear.weight, hidden))])
+
+    exact = gradient(linear(hidden).log_softmax(-1)[range(40), targets])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = gradient(linear(hidden).float().log_softmax(-1)[range(40), targets])
+        ours = gradient(ChunkedHead(linear, chunk_bytes=600)(hidden, targets, StatsRequest())[0])
+    errors = [float((found - exact).norm() / exact.norm()) for found in (plain, ours)]
+    assert 1e-4 < errors[1] < 1.5 * errors[0]
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**20, THREE_POSITIONS])
