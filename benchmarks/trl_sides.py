@@ -153,10 +153,10 @@ def ours(folder: Path, work: Workload, gate: Gate) -> NoReturn:
             "policy": {"path": str(folder / "policy"), "compute_dtype": work.dtype},
             "reward": {"models": [{"path": str(folder / "reward")}], "missing_eos_score": None},
             "data": {"train": [{"path": str(folder / "prompts.jsonl")}], "max_prompt_tokens": 1024},
-            "rollout": {"samples_per_prompt": work.k, "max_new_tokens": work.new},
+            "rollout": {"samples_per_prompt": work.k, "max_new_tokens": work.new, "kv_cache_gib": work.kv_cache_gib},
             "kl": {"beta": BETA},
             "optim": {"lr": LR, "schedule": "constant", "warmup_ratio": 0.0},
-            "batch": {"prompts_per_step": work.prompts},
+            "batch": {"prompts_per_step": work.prompts, "microbatch_tokens": work.microbatch_tokens},
             "eval": {"every_steps": None},
             "tracking": {"to": []},
         }
@@ -249,7 +249,7 @@ def trl(folder: Path, work: Workload, gate: Gate) -> NoReturn:
     def noted(*arguments: Any, **named: Any) -> Any:
         torch.multinomial = draws  # type: ignore[assignment]
         found = generate(*arguments, **named)
-        torch.multinomial = draws.draw  # type: ignore[assignment]
+        torch.multinomial = draws.draw
         gate.rows = found
         return found
 
