@@ -67,11 +67,12 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def compare_frontiers(bench: Bench, methods: Sequence[str], seeds: Sequence[int]) -> None:
     found = frontiers.frontiers(bench, methods, seeds)
-    said = frontiers.comparison(found["rows"])
+    said = frontiers.comparison(found["rows"], found["rloo_at_the_rate_of_trl"])
     for pair, lines in said["pairs"].items():
         print(pair, *lines, sep="\n    ")
     frontiers.picture(found["rows"], said["gold_of_sft"])
-    record.write("objectives", {"margin": frontiers.MARGIN, "rates": found["rates"], **said}, found["rows"])
+    settings = {"margin": frontiers.MARGIN, "rates": found["rates"], **said}
+    record.write("objectives", settings, [*found["rows"], *found["rloo_at_the_rate_of_trl"]])
 
 
 def main() -> None:
