@@ -49,7 +49,7 @@ WORKLOADS = {
         Workload(name="W2 variable length", new=128, stop=0.0205),
         Workload(name="W3 long prompt, k = 4", prompts=4, prompt_tokens=512),
         Workload(name="W3b long prompt, k = 8", prompts=4, prompt_tokens=512, k=8),
-        Workload(name="W4 256k vocabulary", prompts=8, vocab=262144, hidden=64, new=24),
+        Workload(name="W4 256k vocabulary", prompts=4, vocab=262144, hidden=64, new=24),
         Workload(name="W5 reward model x 10", new=128, stop=0.0205, reward_hidden=384, reward_layers=7),
     )
 }
