@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import record
 import torch
@@ -94,13 +94,13 @@ class Step:
     @classmethod
     def build(cls, config: dict[str, Any], lora: bool, given: argparse.Namespace, device: torch.device) -> Step:
         torch.manual_seed(0)
-        settings = GemmaConfig(**config, hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True)
+        settings = GemmaConfig(**config)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with device:
             lm: Any = GemmaForCausalLM(settings)
             scalar: Any = GemmaConfig(**config)
             scalar.num_labels = 1
-            judge: Any = GemmaForSequenceClassification(scalar)
+            judge: Any = cast(Any, GemmaForSequenceClassification)(scalar)
             frozen: Any = None if lora else GemmaForCausalLM(settings)
         judge.to(dtype).eval()
         keep_activations(lm, given.activations)

@@ -15,7 +15,7 @@ from rlhf.data import load as data
 from rlhf.errors import UserError
 from rlhf.models import load, masks, scratch
 from rlhf.models.critic import Critic, ValueHead
-from rlhf.models.layout import Cost, Layout, SharedPrompts, plain_rows
+from rlhf.models.layout import Layout, SharedPrompts, plain_rows
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import FrozenReference, MovingReference, Reference
 from rlhf.objectives.presets import OBJECTIVES
@@ -167,23 +167,23 @@ def updater(
     optimizer: Any,
     forward: Forward,
     steps: int,
-    cost: Cost = plain_rows.cells,
+    layout: Layout = plain_rows,
 ) -> Updater:
-    """``steps``: the learning rate's horizon, in optimizer steps. ``cost``: what ``forward`` makes of a microbatch.
+    """``steps``: the learning rate's horizon, in optimizer steps. ``layout``: ``forward``'s.
 
     Raises UserError where steps are to be measured and cannot be: weights in shards, or no memory for copies of them.
     """
     optim = recipe.optim
     schedule = learning_rate_schedule(optim.lr, optim.schedule, total_steps=steps, warmup_ratio=optim.warmup_ratio)
     budget = recipe.batch.microbatch_tokens
-    plain = Updater(runtime, model, optimizer, schedule, forward, budget, optim.max_grad_norm, cost)
+    plain = Updater(runtime, model, optimizer, schedule, forward, budget, optim.max_grad_norm, layout.cells)
     trust, limit = trust_region(recipe), optim.kl_step_limit
     if not trust and limit is None:
         return plain
     policy = cast(ScoredModel, distributed.unwrap(model))
     if trust:
         step_size.refuse_lack_of_memory(policy, runtime)
-    before = step_size.Before.of(runtime, model, policy, budget)
+    before = step_size.Before.of(runtime, model, policy, budget, layout)
     if limit is not None:
         return replace(plain, limit=step_size.KlLimit(before, limit))
     settings = recipe.trpo

@@ -135,7 +135,7 @@ def build(recipe: Recipe, session: Session) -> Job:
             optimizer,
             PolicyForward(anchor, layout),
             steps * passes_of(goal).updates,
-            layout.cells,
+            layout,
         ),
         prompts=streams.ShuffledPrompts(
             prompts=train_prompts, per_step=recipe.batch.prompts_per_step, seed=recipe.run.seed, own=own

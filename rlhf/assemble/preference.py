@@ -51,7 +51,7 @@ def build(recipe: Recipe, session: Session) -> Job:
         session=session,
         model=wrapped,
         objective=objective,
-        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(anchor, layout), steps, layout.cells),
+        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(anchor, layout), steps, layout),
         batches=(
             _with_reference(recipe, session, stream, anchor, layout, wrapped, steps)
             if "reference" in objective.needs

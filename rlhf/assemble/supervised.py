@@ -47,7 +47,7 @@ def sft(recipe: Recipe, session: Session) -> Job:
         session=session,
         model=wrapped,
         objective=Demonstrations(),
-        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(layout=layout), steps, layout.cells),
+        updater=models.updater(recipe, runtime, wrapped, optimizer, PolicyForward(layout=layout), steps, layout),
         batches=streams.ShuffledDemonstrations(rows=rows, per_step=size, seed=recipe.run.seed, own=own),
         steps=steps,
         eval_every=recipe.eval.every_steps or 0,

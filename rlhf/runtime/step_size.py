@@ -19,7 +19,7 @@ from rlhf.errors import UserError
 from rlhf.interfaces import Need, Objective, StatsRequest, TokenStats, Unit
 from rlhf.maths.conjugate_gradient import conjugate_gradient
 from rlhf.maths.kl import exact_local_loss_sum
-from rlhf.models.layout import plain_rows
+from rlhf.models.layout import Layout, plain_rows
 from rlhf.models.load import frozen_copy
 from rlhf.models.policy import ScoredModel, token_stats
 from rlhf.models.reference import FrozenReference
@@ -48,16 +48,24 @@ class Before:
     policy: ScoredModel
     old: FrozenReference
     microbatch_tokens: int
+    layout: Layout = plain_rows
 
     @classmethod
-    def of(cls, runtime: Runtime, wrapped: nn.Module, policy: ScoredModel, microbatch_tokens: int) -> Before:
+    def of(
+        cls,
+        runtime: Runtime,
+        wrapped: nn.Module,
+        policy: ScoredModel,
+        microbatch_tokens: int,
+        layout: Layout = plain_rows,
+    ) -> Before:
         """Weights that are not trained are shared with the copy.
 
         Raises UserError under DeepSpeed: the copies that forwards read are remade from shards after each step.
         """
         refuse_shards(runtime)
         copy = ScoredModel(frozen_copy(policy.causal_lm), compute_dtype=policy.compute_dtype)
-        return cls(runtime, wrapped, policy, FrozenReference(copy.to(runtime.device)), microbatch_tokens)
+        return cls(runtime, wrapped, policy, FrozenReference(copy.to(runtime.device)), microbatch_tokens, layout)
 
     def weights(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(now, before) of everything in the policy that is trained."""
@@ -93,10 +101,10 @@ class Before:
         request = StatsRequest(temperature=temperature, reference=True)
 
         def forward(part: TokenBatch) -> TokenStats:
-            rows = plain_rows(part)
+            rows = self.layout(part)
             return token_stats(self.wrapped, rows, request, self.old.states(rows))
 
-        found = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime).kl
+        found = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime, self.layout.cells).kl
         assert found is not None
         total = exact_local_loss_sum(found.double(), batch.completion_mask, batch.valid)
         sums = torch.stack([total, batch.valid.sum().double()])
