@@ -59,8 +59,9 @@ def classifier(recipe: Recipe, tokenizer: Any) -> nn.Module:
     recipe asks for one."""
     policy = recipe.policy
     if policy.path is None:
-        return scratch.build_reward_model(_scratch_config(recipe, tokenizer), recipe.run.seed)
-    model = load.load_classifier(policy.path, recipe.run.seed, attention=policy.attention)
+        model: nn.Module = scratch.build_reward_model(_scratch_config(recipe, tokenizer), recipe.run.seed)
+    else:
+        model = load.load_classifier(policy.path, recipe.run.seed, attention=policy.attention)
     return _adapted(recipe, model, "SEQ_CLS")
 
 

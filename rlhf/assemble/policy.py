@@ -15,6 +15,7 @@ from rlhf.errors import UserError
 from rlhf.interfaces import PolicyObjective
 from rlhf.locate import named_code
 from rlhf.models.chat import Dialogue, stop_ids
+from rlhf.models.layout import Layout
 from rlhf.models.reference import AdapterOffReference, MovingReference, Reference
 from rlhf.objectives.presets import preset
 from rlhf.objectives.supervised import Demonstrations
@@ -140,7 +141,7 @@ def build(recipe: Recipe, session: Session) -> Job:
         prompts=streams.ShuffledPrompts(
             prompts=train_prompts, per_step=recipe.batch.prompts_per_step, seed=recipe.run.seed, own=own
         ),
-        instruction=_instruction(recipe, runtime, anchor, mixed),
+        instruction=_instruction(recipe, runtime, anchor, layout, mixed),
         evaluation=evaluation(recipe, session, tokenizer, wrapped, anchor, judges, held_out, steps),
         steps=steps,
         seed=recipe.run.seed,
@@ -177,7 +178,7 @@ def _instruction_rows(recipe: Recipe, tokenizer: Any, note: Callable[[str], None
 
 
 def _instruction(
-    recipe: Recipe, runtime: Runtime, reference: Reference, rows: list[Dialogue]
+    recipe: Recipe, runtime: Runtime, reference: Reference, layout: Layout, rows: list[Dialogue]
 ) -> streams.InstructionTerms | None:
     """As many gold rows a step as there are prompts."""
     if not rows:
@@ -193,4 +194,5 @@ def _instruction(
         reference=reference,
         microbatch_tokens=recipe.batch.microbatch_tokens,
         runtime=runtime,
+        layout=layout,
     )

@@ -34,7 +34,7 @@ class ChunkedHead(nn.Module):
     """Replaces ``lm_head``; shares its parameters under the same names.
 
     ``forward(hidden)`` gives logits as before, so ``generate`` goes on working. ``forward(hidden, targets, request)``
-    gives ``PositionStats`` without ever holding more than ``chunk_bytes`` of fp32 logits (None: by the device).
+    gives ``PositionStats`` from tiles of ``chunk_bytes`` of fp32 logits (None: by the device), a few at a time.
 
     softcap: Gemma 2's final logit cap, cap·tanh(logits/cap). The causal LM applies it to plain logits itself.
     fused: backward adds to ``weight.grad`` itself, which saves a buffer of the weight's size where nothing listens to

@@ -67,7 +67,7 @@ class Layout(Protocol):
     def __call__(self, batch: TokenBatch) -> Rows: ...
 
     def cells(self, size: Size) -> int:
-        """R·L of a forward that holds so much: what it costs, padding included."""
+        """What a forward that holds so much costs, in tokens: R·L, or nearly that where rows are packed."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class SharedPrompts:
 
     What that saves is the prompt's k − 1 repetitions and the padding to the longest completion. Where it would not save
     a tenth of the cells, where a row would exceed ``row_tokens`` (masks are quadratic in it) or where a group's prompts
-    differ, rows are plain. The choice is a function of the batch alone: policy and reference make the same one.
+    differ (no rollout has such groups, and ``cells`` does not look), rows are plain. The choice is a function of the
+    batch alone: policy and reference make the same one.
     """
 
     row_tokens: int = 4096

@@ -177,6 +177,8 @@ def keep_activations(model: nn.Module, how: Literal["keep", "recompute", "offloa
         return
     if how == "offload" and not torch.accelerator.is_available():
         raise UserError("batch.activations=offload moves them off a GPU, and there is none here; set recompute or keep")
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"batch.activations={how}: {type(model).__name__} cannot compute its layers again; set keep")
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False}, **({"offload": True} if how == "offload" else {}))
 

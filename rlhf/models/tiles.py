@@ -130,6 +130,8 @@ class TiledStatistics(torch.autograd.Function):
             other, ref_states = Head(ref_weight, ref_bias, plan.ref_softcap), ref_hidden.to(plan.dtype)
         stats, saved = _forward(head, states, targets, plan, other, ref_states)
         ctx.plan = plan
+        ctx.parameter = weight if plan.fused else None  # what hooks make of a saved tensor has another ``grad``
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, *saved)
         ctx.mark_non_differentiable(*(part for part in (stats[1], stats[2], stats[4]) if part is not None))
         return tuple(stats)
@@ -139,14 +141,15 @@ class TiledStatistics(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, *saved = ctx.saved_tensors
         plan, wanted = ctx.plan, ctx.needs_input_grad
+        of_logprobs, of_kl = gradients[0], gradients[3]
+        if of_logprobs is None and of_kl is None:
+            return (None,) * 8
         head, states = Head(weight, bias, plan.softcap), hidden.to(plan.dtype)
         other = None if ref_weight is None else Head(ref_weight, ref_bias, plan.ref_softcap)
         ref_states = None if ref_hidden is None else ref_hidden.to(plan.dtype)
-        into = _Into.of(hidden, weight, bias, wanted, plan.fused)
+        into = _Into.of(hidden, weight, bias, wanted, ctx.parameter)
         for rows, columns in plan.tiles(*hidden.shape[:1], weight.shape[0]):
-            tile = _gradient(
-                head, states, targets, plan, other, ref_states, saved, (gradients[0], gradients[3]), rows, columns
-            )
+            tile = _gradient(head, states, targets, plan, other, ref_states, saved, (of_logprobs, of_kl), rows, columns)
             into.add(tile.to(plan.dtype), states[rows], weight[columns].to(plan.dtype), rows, columns)
         return into.hidden_like(hidden), into.returned_weight, into.bias, *[None] * 5
 
@@ -220,16 +223,16 @@ def _gradient(
     if head.softcap is not None:
         slope = (logits * (temperature / head.softcap)).square_().neg_().add_(1.0)
     full = logits.sub_(total[rows, None].to(logits.dtype))
-    weight: Tensor | float = 0.0
+    charge: Tensor | float = 0.0
     if of_kl is not None and other is not None and ref_states is not None and ref_total is not None and kl is not None:
         reference = other.tile(ref_states[rows], columns, temperature, plan.dtype)
-        weight = reference.sub_((ref_total - kl)[rows, None].to(full.dtype)).neg_().add_(full).mul_(of_kl[rows, None])
+        charge = reference.sub_((ref_total - kl)[rows, None].to(full.dtype)).neg_().add_(full).mul_(of_kl[rows, None])
     tile = full.exp_()
     if of_logprobs is None:
-        tile = tile * weight
+        tile = tile * charge
     else:
         own = of_logprobs[rows, None].to(tile.dtype)
-        tile.mul_(weight - own)
+        tile.mul_(charge - own)
         at = (targets[rows] - columns.start)[:, None]
         inside = (at >= 0) & (at < tile.shape[1])
         tile.scatter_add_(1, at.clamp(0, tile.shape[1] - 1), own * inside)
@@ -248,16 +251,22 @@ class _Into:
     fused: bool
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...], fused: bool) -> _Into:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        if wanted[1] and fused and weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        own = weight.grad if fused else torch.zeros_like(weight)
+    def of(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...], parameter: Tensor | None
+    ) -> _Into:
+        """parameter: whose ``grad`` is added to; None = the weight's gradient is returned."""
+        wide, own = torch.promote_types(hidden.dtype, torch.float32), None
+        if wanted[1] and parameter is not None:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            own = parameter.grad
+        elif wanted[1]:
+            own = torch.zeros_like(weight)
         return cls(
             hidden=hidden.new_zeros(hidden.shape, dtype=wide) if wanted[0] else None,
-            weight=own if wanted[1] else None,
+            weight=own,
             bias=torch.zeros_like(bias) if bias is not None and wanted[2] else None,
-            fused=fused,
+            fused=parameter is not None,
         )
 
     def add(self, tile: Tensor, states: Tensor, weight: Tensor, rows: slice, columns: slice) -> None:

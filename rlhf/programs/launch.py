@@ -29,7 +29,7 @@ from rlhf.runtime.run_dir import RunDirectory, Status, open_run
 from rlhf.tracking.tracker import build_tracker
 
 # Keys that may differ when a run is resumed: they change what is seen of a run or when it pauses, nothing it computes.
-_FREE = ("run.resume", "run.max_seconds", "tracking.", "checkpoint.keep", "checkpoint.every_steps")
+_FREE = ("run.resume", "run.max_seconds", "tracking.", "checkpoint.keep", "checkpoint.every_steps", "batch.activations")
 
 
 def train(recipe: Recipe, command: list[str]) -> ExitCode:

@@ -33,6 +33,7 @@ from rlhf.runtime.distributed import Runtime
 
 Digest = bytes
 _DIGEST_BYTES = 16
+_ARITHMETIC = 2  # one more where a batch is cut otherwise, or the head sums otherwise: what was kept is then made anew
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class ReferenceCache:
                 note(f"they could not be kept for the next run in {path}: {error}")
 
     def _name(self, weights: str, steps: Iterable[int]) -> str:
-        """What the content depends on: weights, rows in their batches, and how those are cut."""
-        setting = (weights, self.microbatch_tokens, self.runtime.world_size, type(self.layout).__name__)
+        """What the content depends on: weights, rows in their batches, how those are cut, and how they are summed."""
+        setting = (_ARITHMETIC, weights, self.microbatch_tokens, self.runtime.world_size, type(self.layout).__name__)
         digest = hashlib.sha256(repr(setting).encode())
         for step in steps:
             digest.update(b"".join(row_digests(self.pairs.at(step))) + b"\0")

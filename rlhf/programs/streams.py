@@ -12,7 +12,7 @@ from rlhf.data.examples import Demonstration, Preference
 from rlhf.data.order import epoch_permutation, positions, subset
 from rlhf.interfaces import TokenStats
 from rlhf.models.chat import Dialogue, render_completion, render_dialogue, render_prompt
-from rlhf.models.layout import plain_rows
+from rlhf.models.layout import Layout, plain_rows
 from rlhf.models.reference import Reference
 from rlhf.objectives.supervised import DemonstrationBatch, Demonstrations, PairBatch
 from rlhf.programs.measure import global_means
@@ -80,6 +80,7 @@ class InstructionTerms:
     reference: Reference
     microbatch_tokens: int
     runtime: Runtime
+    layout: Layout = plain_rows
 
     def at(self, step: int) -> Term:
         batch = self.batches.at(step).to(self.runtime.device)
@@ -92,9 +93,10 @@ class InstructionTerms:
         """
 
         def forward(part: TokenBatch) -> TokenStats:
-            return self.reference.stats(plain_rows(part), self.objective.request)
+            return self.reference.stats(self.layout(part), self.objective.request)
 
-        known = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime).logprobs
+        cells = self.layout.cells
+        known = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime, cells).logprobs
         assert isinstance(batch, DemonstrationBatch)
         counted = batch.counted & batch.valid[:, None]
         lost = torch.where(counted, known - stats.logprobs, 0.0).sum()

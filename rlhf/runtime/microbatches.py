@@ -56,7 +56,7 @@ def pack(sizes: Sequence[Size], budget_tokens: int, cost: Cost) -> list[list[int
     held = Size(0, 0, 0, 0, 0, 0)
     for at in order:
         joined, alone = held.joined(sizes[at]), cost(sizes[at])
-        padded = 7 * (cost(joined) - cost(held)) > 8 * alone and 16 * held.tokens >= budget_tokens
+        padded = 7 * (cost(joined) - cost(held)) > 8 * alone and 16 * cost(held) >= budget_tokens
         if cuts and cost(joined) <= budget_tokens and not padded:
             cuts[-1].append(at)
             held = joined

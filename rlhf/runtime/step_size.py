@@ -239,7 +239,8 @@ class TrustRegion(Updater):
         assert self.before is not None
         self.before.place(vector, step)
         objective: Objective = StepKl(temperature=term.objective.request.temperature)
-        self.accumulate([Term(objective=objective, batch=term.batch)], PolicyForward(self.before.old))
+        forward = PolicyForward(self.before.old, self.before.layout)
+        self.accumulate([Term(objective=objective, batch=term.batch)], forward)
         return _taken([now for now, _ in self.before.weights()])
 
     def _line_search(self, step: Tensor, term: Term, norm: float) -> Applied:

@@ -343,3 +343,25 @@ def test_a_head_with_bias_and_its_own_weights() -> None:
     torch.testing.assert_close(head(hidden), linear(hidden), atol=0, rtol=0)
     expected = linear(hidden).log_softmax(-1)[targets, targets]
     torch.testing.assert_close(head(hidden, targets, StatsRequest())[0], expected, atol=1e-14, rtol=0)
+
+
+def test_the_gradient_added_in_place_survives_hooks_on_saved_tensors() -> None:
+    """They hand backward another tensor than the parameter; its ``grad`` is not the parameter's."""
+    linear = nn.Linear(4, VOCAB, bias=False)
+    head, hidden = ChunkedHead(linear), torch.randn(7, 4)
+    head.fused = True
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        total = head(hidden, torch.arange(7), StatsRequest())[0].sum()
+    total.backward()
+    expected = torch.autograd.grad(linear(hidden).log_softmax(-1)[range(7), range(7)].sum(), linear.weight)[0]
+    assert linear.weight.grad is not None
+    torch.testing.assert_close(linear.weight.grad, expected, atol=1e-6, rtol=1e-5)  # fp32 rounding
+
+
+def test_a_frozen_head_makes_no_buffer_for_its_gradient() -> None:
+    linear = nn.Linear(16, VOCAB, bias=False).requires_grad_(False)
+    head, hidden = ChunkedHead(linear, chunk_bytes=THREE_POSITIONS), torch.randn(7, 16, requires_grad=True)
+    total = head(hidden, torch.arange(7), StatsRequest())[0].sum()
+    with Largest() as backward:
+        total.backward()
+    assert backward.elements < VOCAB * 16

@@ -24,7 +24,7 @@ BUDGET = 95  # tokens: 8 rows of 11 fit, 8 of 13 do not
 def main(out: Path, estimator: str) -> None:
     torch.set_num_threads(1)
     runtime = distributed.start(max_grad_norm=1.0, compute_dtype=torch.float32)
-    # small chunks, so that the head recomputes logits in backward under every layout
+    # small tiles, so that the head has several of them
     policy, reference = policy_and_reference(chunk_bytes=5 * 4 * 300)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
     model, wrapped = distributed.prepare(runtime, policy, optimizer)

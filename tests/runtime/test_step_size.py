@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.interfaces import StatsRequest
 from rlhf.maths.conjugate_gradient import conjugate_gradient
 from rlhf.maths.logprobs import log_softmax
-from rlhf.models.layout import plain_rows
+from rlhf.models.layout import SharedPrompts, plain_rows
 from rlhf.models.load import LoraSpec, add_lora
 from rlhf.models.policy import ScoredModel
 from rlhf.models.reference import FrozenReference
@@ -278,3 +279,20 @@ def test_a_step_into_nothing_is_undone() -> None:
     object.__setattr__(updater.limit.before, "kl", lambda *_: math.nan)  # type: ignore[attr-defined]
     report = updater.step([Term(objective=OBJECTIVE, batch=rollout)], 1)
     assert report.measured["optim/step_share"] == 0 and torch.equal(weights(policy), start)
+
+
+def test_no_forward_of_a_step_is_wider_than_the_budget() -> None:
+    """Rows share their prompts in everything that a step runs, since the batch was cut for that."""
+    policy, rollout, reference = set_up(rows=4)
+    long = replace(rollout, prompt_ids=rollout.prompt_ids.repeat(1, 6), prompt_mask=rollout.prompt_mask.repeat(1, 6))
+    layout, budget, seen = SharedPrompts(), 80, list[int]()  # two groups in rows of their own; plain they are 200
+    ruler = Before.of(alone(), policy, policy, budget, layout)
+    for model in (policy, ruler.old.model, reference.model):
+        model.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"].numel()), with_kwargs=True)
+    forward, optimizer = PolicyForward(reference, layout), torch.optim.SGD(policy.parameters(), lr=1.0)
+    settings: dict[str, Any] = {"before": ruler, "max_kl": 0.01, "damping": 0.1, "iterations": 2, "backtracks": 2}
+    step = TrustRegion(
+        alone(), policy, optimizer, lambda step: 1.0, forward, budget, None, cost=layout.cells, **settings
+    )
+    step.step([Term(objective=OBJECTIVE, batch=long)], 1)
+    assert len(seen) > 8 and max(seen) <= budget
