@@ -5,9 +5,10 @@
 
 Each side is a process of its own (trl_sides.py) on models with random weights (trl_workloads.py); they step in turn,
 and whoever goes first changes from round to round. Both draw the same tokens, but for draws that rounding decides; the
-script says how many completions are the same, and exits with 1 where the tokens of a step differ by a hundredth. Ratios TRL / ours are medians over rounds of the ratio within a
-round. After the rounds one step each is watched for memory (bytes of tensors beyond what is held between steps) and one
-for floating-point operations of matrix products. The floor is what ours would take at this core's fastest product.
+script says how many completions are the same, and exits with 1 where the tokens of a step differ by a hundredth. Ratios
+TRL / ours are medians over rounds of the ratio within a round. After the rounds one step each is watched for memory
+(bytes of tensors beyond what is held between steps) and one for floating-point operations of matrix products. The floor
+is what ours would take at this core's fastest product.
 
 Writes results/compare_trl.json.
 """
