@@ -61,6 +61,7 @@ def make(work: Workload, folder: Path, steps: int) -> dict[str, int]:
     vocabulary = [next(words) for _ in range(3000)]
     drawn = random.Random(1)
     tokenizer = train_tokenizer((" ".join(drawn.choices(vocabulary, k=20)) for _ in range(2000)), TEXT_VOCAB)
+    tokenizer.chat_template = None  # its end of turn would stop a completion of ours, and none of TRL's
     policy = build_causal_lm(_config(work.hidden, work.layers, work.vocab), 0, stop_ids=[EOS_ID])
     _set_stop_chance(policy, work.stop)
     judge = build_reward_model(_config(work.reward_hidden, work.reward_layers, TEXT_VOCAB), 1)
