@@ -130,6 +130,8 @@ def start(*, max_grad_norm: float | None, compute_dtype: torch.dtype, timeout_se
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+        if wants_deepspeed:
+            _compile_nothing()
     accelerator = _accelerator(wants_deepspeed, on_cpu, compute_dtype, timeout_seconds)
     if wants_deepspeed:
         _configure_deepspeed(accelerator, max_grad_norm)
@@ -161,6 +163,17 @@ def _accelerator(wants_deepspeed: bool, on_cpu: bool, compute_dtype: torch.dtype
             mixed_precision=mixed,
             kwargs_handlers=[group] if several or wants_deepspeed else [],
         )
+
+
+def _compile_nothing() -> None:
+    """Keeps DeepSpeed from compiling a shared-memory all-reduce when the group starts: only its inference uses it.
+
+    The compilation takes half a minute and a C++ compiler, and one that was killed leaves a lock file in the user's
+    cache at which every later start waits without end and without a word.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _configure_deepspeed(accelerator: Any, max_grad_norm: float | None) -> None:

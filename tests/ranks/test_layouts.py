@@ -24,9 +24,16 @@ def run(out: Path, config: str | None, estimator: str) -> Path:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
         launcher += ["--main_process_port", "0"]
     command = [*launcher, str(ROOT / "tests" / "ranks" / "worker.py"), str(out), estimator]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    compiled = out.parent / "compiled"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": str(compiled),
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert not compiled.exists()  # a compilation that is killed leaves a lock at which later starts would hang
     return out
 
 
