@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf.interfaces import StatsRequest, TrainState
+from rlhf.models import load
 from rlhf.models.layout import plain_rows
 from rlhf.objectives.reinforce import Reinforce
 from rlhf.runtime import distributed, microbatches, training_state
@@ -26,6 +27,8 @@ def main(out: Path, estimator: str) -> None:
     runtime = distributed.start(max_grad_norm=1.0, compute_dtype=torch.float32)
     # small tiles, so that the head has several of them
     policy, reference = policy_and_reference(chunk_bytes=5 * 4 * 300)
+    if runtime.world_size > 1 and estimator == "exact":  # one process keeps its activations: the step is the same
+        load.keep_activations(policy.causal_lm, "recompute")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
     model, wrapped = distributed.prepare(runtime, policy, optimizer)
     objective = Reinforce(beta=0.1, estimator=estimator, baseline="shrinkage")  # type: ignore[arg-type]
