@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from rlhf.models import masks
-from rlhf.models.chat import completion_text, render_prompt
+from rlhf.models.chat import render_prompt
 from rlhf.rollout import Prompt, Rollout, pad_rows
-from rlhf.sampling import loop
+from rlhf.sampling import completions, loop
+from rlhf.sampling.completions import Completion, Ends
 from rlhf.sampling.noise import Workspace, position_keys, row_keys, sample_tokens
 
 _RESHAPING = (
@@ -77,35 +78,20 @@ class HFSampler:
     ) -> Rollout:
         lm = _causal_lm(model)
         device = next(lm.parameters()).device
-        prompt_ids = [render_prompt(self.tokenizer, prompt) for prompt in prompts for _ in range(count)]
+        distinct = [render_prompt(self.tokenizer, prompt) for prompt in prompts]
+        prompt_ids = [ids for ids in distinct for _ in range(count)]
         group = torch.tensor(slots, dtype=torch.long).repeat_interleave(count)
         sample = torch.arange(count).repeat(len(prompts))
         keys = None if step is None else row_keys(self.seed, step, group, sample).to(device)
         _warn_about(lm.generation_config)
         with torch.no_grad(), self.gather(model), _decoding(lm, self._config()), self._autocast(device):
             found = self._decode(lm, prompt_ids, keys, device)
-        ids_p, mask_p = pad_rows(prompt_ids, side="left")
-        ids_c, mask_c = pad_rows([row.ids for row in found], side="right")
-        logprobs = torch.zeros(ids_c.shape, dtype=torch.float32)
-        if found:
-            logprobs[mask_c] = torch.cat([row.logprobs for row in found])
-        return Rollout(
-            prompt_ids=ids_p,
-            prompt_mask=mask_p,
-            completion_ids=ids_c,
-            completion_mask=mask_c,
-            group=group,
-            valid=torch.ones(len(found), dtype=torch.bool),
-            prompts=tuple(prompt for prompt in prompts for _ in range(count)),
-            texts=tuple(self._text(row) for row in found),
-            sample=sample,
-            finished=torch.tensor([row.finished for row in found], dtype=torch.bool),
-            rollout_logprobs=logprobs,
-        ).to(device)
+        ends = Ends(self.tokenizer, self.stop_ids, self.stop)
+        return completions.rollout(prompts, distinct, slots, found, ends).to(device)
 
     def _decode(
         self, lm: Any, prompt_ids: Sequence[Sequence[int]], keys: Tensor | None, device: torch.device
-    ) -> list[_Completion]:
+    ) -> list[Completion]:
         """Completions in the order of ``prompt_ids``. Stop strings are ``generate``'s to find."""
         if self.plain or self.stop or not prompt_ids or not masks.known(lm):
             return self._generate(lm, prompt_ids, keys, device)
@@ -119,15 +105,15 @@ class HFSampler:
             self.kv_bytes,
         ).run(distinct, [place[tuple(prompt)] for prompt in prompt_ids])
         columns = (found.ids.tolist(), found.logprobs.cpu(), found.lengths.tolist(), found.finished.tolist())
-        return [_Completion(ids[:n], values[:n], done) for ids, values, n, done in zip(*columns, strict=True)]
+        return [Completion(ids[:n], values[:n], done) for ids, values, n, done in zip(*columns, strict=True)]
 
     def _generate(
         self, lm: Any, prompt_ids: Sequence[Sequence[int]], keys: Tensor | None, device: torch.device
-    ) -> list[_Completion]:
+    ) -> list[Completion]:
         """Completions in the order of ``prompt_ids``, decoded in microbatches of similar prompt length."""
         order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
         strings = StopStringCriteria(self.tokenizer, list(self.stop)) if self.stop else None
-        found: dict[int, _Completion] = {}
+        found: dict[int, Completion] = {}
         for start in range(0, len(order), self.microbatch_rows):
             rows = order[start : start + self.microbatch_rows]
             ids, mask = (part.to(device) for part in pad_rows([prompt_ids[row] for row in rows], side="left"))
@@ -150,20 +136,6 @@ class HFSampler:
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         low = self.compute_dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(device.type, dtype=self.compute_dtype if low else None, enabled=low)
-
-    def _text(self, row: _Completion) -> str:
-        """What the completion says: without the stop token, and without the stop string and what follows it."""
-        stopped_by_id = row.finished and row.ids[-1] in self.stop_ids
-        text = completion_text(self.tokenizer, row.ids[:-1] if stopped_by_id else row.ids)
-        if not row.finished or stopped_by_id:
-            return text
-        return text[: min((at for at in map(text.find, self.stop) if at >= 0), default=len(text))]
-
-
-class _Completion(NamedTuple):
-    ids: list[int]
-    logprobs: Tensor  # [len(ids)] nats, on the CPU
-    finished: bool
 
 
 @dataclass
@@ -221,12 +193,12 @@ class _Stops(StoppingCriteria):
         return self.done
 
 
-def _completions(ids: Tensor, choice: _Choice, stops: _Stops) -> Iterator[_Completion]:
+def _completions(ids: Tensor, choice: _Choice, stops: _Stops) -> Iterator[Completion]:
     assert stops.done is not None and stops.lengths is not None
     logprobs = torch.stack(choice.logprobs, dim=1).cpu()
     columns = (ids.tolist(), logprobs, stops.lengths.tolist(), stops.done.tolist())
     for row, values, length, finished in zip(*columns, strict=True):
-        yield _Completion(row[:length], values[:length], finished)
+        yield Completion(row[:length], values[:length], finished)
 
 
 def _causal_lm(model: nn.Module) -> Any:
