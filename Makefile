@@ -7,11 +7,12 @@ STAMP := $(VENV)/installed-$(shell cat setup.cfg pyproject.toml | cksum | cut -d
 WORKERS ?= auto
 PYTEST_ARGS ?=
 
-.PHONY: help setup quickstart test check format schema clean
+.PHONY: help setup quickstart test test-vllm check format schema clean
 
 help:
 	@echo "make quickstart  train SFT, a reward model and REINFORCE on this machine (minutes)"
 	@echo "make test        all tests but the slow and the GPU ones, two-rank tests included"
+	@echo "make test-vllm   the tests of rollout.engine=vllm, with vLLM for this processor in .venv-vllm (5 GB)"
 	@echo "make check       format, lint, types, layering"
 	@echo "make format      put the code into the format that make check wants"
 
@@ -31,6 +32,17 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/installed-$(shell cat setup.cfg tests/vllm/install.py | cksum | cut -d ' ' -f 1)
+
+$(VLLM_STAMP):
+	$(PYTHON) tests/vllm/install.py $(VLLM)
+	touch $@
+
+# Warnings are vLLM's own, by the dozen.
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -W default --show-capture=stderr tests/vllm $(PYTEST_ARGS)
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -46,4 +58,4 @@ schema: $(STAMP)
 	$(BIN)/python -c "from rlhf.recipe.schema import json_schema; print(json_schema(), end='')" > docs/recipe.schema.json
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

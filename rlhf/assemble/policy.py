@@ -12,7 +12,7 @@ import torch
 from rlhf.assemble import data, models, rewards
 from rlhf.assemble.job import Job
 from rlhf.errors import UserError
-from rlhf.interfaces import PolicyObjective
+from rlhf.interfaces import PolicyObjective, Sampler
 from rlhf.locate import named_code
 from rlhf.models.chat import Dialogue, stop_ids
 from rlhf.models.layout import Layout
@@ -32,6 +32,7 @@ from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import PolicyForward
 from rlhf.sampling.hf import HFSampler
+from rlhf.sampling.vllm import Engine, InProcess, VLLMSampler
 
 
 def objective(recipe: Recipe) -> PolicyObjective:
@@ -51,10 +52,28 @@ def _first(recipe: Recipe, keys: Sequence[str]) -> Any:
 
 
 def sampler(
-    recipe: Recipe, runtime: Runtime, tokenizer: Any, wrapped: torch.nn.Module, k: int, temperature: float
-) -> HFSampler:
+    recipe: Recipe,
+    runtime: Runtime,
+    tokenizer: Any,
+    wrapped: torch.nn.Module,
+    k: int,
+    temperature: float,
+    engine: Engine | None = None,
+) -> Sampler:
+    """k completions a prompt, decoded by the policy itself or by ``engine``, which several samplers may share."""
     inner: Any = distributed.unwrap(wrapped).causal_lm
-    settings = recipe.rollout
+    settings, stops = recipe.rollout, stop_ids(tokenizer, inner.generation_config)
+    if engine is not None:
+        return VLLMSampler(
+            engine=engine,
+            tokenizer=tokenizer,
+            samples_per_prompt=k,
+            temperature=temperature,
+            stop=settings.stop,
+            stop_ids=stops,
+            seed=recipe.run.seed,
+            compute_dtype=models.compute_dtype(recipe),
+        )
     width = recipe.data.max_prompt_tokens + settings.max_new_tokens
     return HFSampler(
         tokenizer=tokenizer,
@@ -62,13 +81,36 @@ def sampler(
         max_new_tokens=settings.max_new_tokens,
         temperature=temperature,
         stop=settings.stop,
-        stop_ids=stop_ids(tokenizer, inner.generation_config),
+        stop_ids=stops,
         seed=recipe.run.seed,
         microbatch_rows=max(k, min(512, 4 * recipe.batch.microbatch_tokens // width)),
         plain=settings.decode == "generate",
         kv_bytes=int(settings.kv_cache_gib * 2**30),
         compute_dtype=models.compute_dtype(recipe),
         gather=lambda _: runtime.decoding(wrapped),
+    )
+
+
+def engine(recipe: Recipe, runtime: Runtime, tokenizer: Any, wrapped: torch.nn.Module) -> Engine | None:
+    """What decodes in place of the policy, where the recipe says so. It starts when it is first asked."""
+    settings = recipe.rollout
+    if settings.engine == "hf":
+        return None
+    if runtime.world_size > 1:
+        raise UserError(
+            f"rollout.engine=vllm decodes in the process that trains, and there are {runtime.world_size}; launch one "
+            "process, or set rollout.engine=hf"
+        )
+    inner: Any = distributed.unwrap(wrapped).causal_lm
+    return InProcess(
+        tokenizer=tokenizer,
+        tokens=recipe.data.max_prompt_tokens + settings.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        dtype=models.compute_dtype(recipe),
+        stop=settings.stop,
+        stop_ids=stop_ids(tokenizer, inner.generation_config),
+        memory_fraction=settings.gpu_fraction,
+        kv_bytes=int(settings.kv_cache_gib * 2**30),
     )
 
 
@@ -81,13 +123,14 @@ def evaluation(
     judges: RewardSet,
     prompts: Sequence[Prompt],
     steps: int,
+    engine: Engine | None = None,
 ) -> Evaluation:
     """Held-out prompts with the same noise each time, judged by the rewards and whoever else ``eval`` names."""
     at = recipe.eval.temperature or recipe.rollout.temperature
     return Evaluation(
         session=session,
         prompts=prompts,
-        sampler=sampler(recipe, session.runtime, tokenizer, wrapped, 1, at),
+        sampler=sampler(recipe, session.runtime, tokenizer, wrapped, 1, at, engine),
         rewards=judges,
         reference=reference,
         temperature=at,
@@ -120,10 +163,12 @@ def build(recipe: Recipe, session: Session) -> Job:
     if isinstance(anchor, MovingReference):
         session.kept["reference"] = anchor.moving()
     settings, layout = recipe.rollout, models.layout(recipe, policy, anchor)
+    decoder = engine(recipe, runtime, tokenizer, wrapped)
+    k, temperature = settings.samples_per_prompt, settings.temperature
     run = program.PolicyRun(
         session=session,
         model=wrapped,
-        sampler=sampler(recipe, runtime, tokenizer, wrapped, settings.samples_per_prompt, settings.temperature),
+        sampler=sampler(recipe, runtime, tokenizer, wrapped, k, temperature, decoder),
         rewards=scores,
         reference=anchor,
         objective=goal,
@@ -142,7 +187,7 @@ def build(recipe: Recipe, session: Session) -> Job:
             prompts=train_prompts, per_step=recipe.batch.prompts_per_step, seed=recipe.run.seed, own=own
         ),
         instruction=_instruction(recipe, runtime, anchor, layout, mixed),
-        evaluation=evaluation(recipe, session, tokenizer, wrapped, anchor, judges, held_out, steps),
+        evaluation=evaluation(recipe, session, tokenizer, wrapped, anchor, judges, held_out, steps, decoder),
         steps=steps,
         seed=recipe.run.seed,
         samples_logged=recipe.tracking.samples,

@@ -78,6 +78,17 @@ def sequence_importance_weights(
     return masked_fill(weight, valid), (cut & valid).sum()
 
 
+def mismatch_weights(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """min(π(y_t)/π_sampler(y_t), cap) per token, detached; 1 outside the mask. [B, C] nats → [B, C].
+
+    For a sampler that holds the same weights and rounds otherwise (truncated importance sampling, Yao et al. 2025): the
+    ratios are near 1 and independent of the policy's own steps, so unlike those of a stale policy they are taken token
+    by token, and not multiplied up to long completions.
+    """
+    log_ratio = masked_fill(logprobs.detach(), mask) - masked_fill(rollout_logprobs.detach(), mask)
+    return log_ratio.exp().clamp(max=cap)
+
+
 def value_loss_sum(
     values: Tensor,
     old_values: Tensor,

@@ -26,7 +26,8 @@ class Ppo:
     passes over a rollout and their steps; stop_kl ends the passes once the policy has moved so far (nats a completion).
     target: KL that beta is adapted toward, nats a completion (None: beta is fixed). whiten_advantages: shifted and
     scaled to mean 0 and variance 1 over the tokens of the step. whiten_rewards: token rewards to variance 1, their mean
-    kept. warmup_steps: the first rollouts train the critic alone.
+    kept. warmup_steps: the first rollouts train the critic alone. mismatch_cap: largest weight of a token for what its
+    sampler computed otherwise (``maths.losses.mismatch_weights``).
     """
 
     beta: float = 0.05
@@ -43,6 +44,7 @@ class Ppo:
     whiten_advantages: bool = False
     warmup_steps: int = 0
     temperature: float = 1.0
+    mismatch_cap: float | None = None
     name: str = "ppo"
     needs: frozenset[Need] = frozenset({"scores", "reference", "old_logprobs", "values"})
     unit: Unit = "completion"
@@ -103,10 +105,11 @@ class Ppo:
 
     def _surrogate(self, stats: TokenStats, batch: Rollout) -> tuple[Tensor, Tensor]:
         assert batch.old_logprobs is not None and batch.advantages is not None
-        mask, old = batch.completion_mask, batch.old_logprobs
-        return losses.clipped_surrogate_sum(
-            stats.logprobs, old, batch.advantages, mask, batch.valid, self.clip, self.clip
-        )
+        mask, old, advantages = batch.completion_mask, batch.old_logprobs, batch.advantages
+        if self.mismatch_cap is not None:
+            assert batch.rollout_logprobs is not None
+            advantages = advantages * losses.mismatch_weights(old, batch.rollout_logprobs, mask, self.mismatch_cap)
+        return losses.clipped_surrogate_sum(stats.logprobs, old, advantages, mask, batch.valid, self.clip, self.clip)
 
 
 def _log_ratio(rollout: Rollout) -> Tensor:

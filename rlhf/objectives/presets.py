@@ -56,6 +56,7 @@ _REINFORCE = _keys(
     *("kl.beta", "kl.estimator", "kl.credit", "kl.loss_beta", "kl.loss_estimator", "rollout.temperature"),
     *("reinforce.baseline", "reinforce.divide_by", "reinforce.average", "reinforce.skip_zero_variance"),
     *("reinforce.updates_per_rollout", "reinforce.importance_cap", "reinforce.importance"),
+    mismatch_cap="rollout.correction",
 )
 _PPO = _keys(
     *("kl.beta", "kl.target", "rollout.temperature", "value.warmup_steps"),
@@ -63,6 +64,7 @@ _PPO = _keys(
     *("ppo.whiten_rewards", "ppo.whiten_advantages"),
     value_clip="value.clip",
     value_coefficient="value.coefficient",
+    mismatch_cap="rollout.correction",
 )
 
 

@@ -53,6 +53,7 @@ class Reinforce:
     updates_per_rollout: more than one makes later updates off-policy; rows are then weighted by the ratio of whole
     completions, at most importance_cap (``mask``: 0 beyond it), with advantages and KL from the current policy and the
     baseline kept.
+    mismatch_cap: largest weight of a token for what its sampler computed otherwise (``maths.losses.mismatch_weights``).
     skip_zero_variance: groups whose rewards are all equal leave the step (Yu et al. 2025, §3.2, without sampling anew);
     with a KL penalty that biases it toward prompts whose completions differ.
     """
@@ -70,6 +71,7 @@ class Reinforce:
     updates_per_rollout: int = 1
     importance_cap: float = 5.0
     importance: Literal["truncate", "mask"] = "truncate"
+    mismatch_cap: float | None = None
     name: str = "reinforce"
     unit: Unit = "group"
 
@@ -201,6 +203,8 @@ class Reinforce:
             advantages = advantages - self.beta * self._kl_advantage(stats, batch)
         if weight is not None:
             advantages = advantages * weight[:, None]
+        if self.mismatch_cap is not None:
+            advantages = advantages * self._mismatch(stats, batch, self.mismatch_cap)
         sums["policy"] = losses.policy_gradient_sum(stats.logprobs, advantages, mask, valid)
         if self.beta > 0 and self.estimator == "exact":
             assert stats.kl is not None
@@ -223,6 +227,12 @@ class Reinforce:
         assert batch.old_logprobs is not None
         mask, old, cap = batch.completion_mask, batch.old_logprobs, self.importance_cap
         return losses.sequence_importance_weights(stats.logprobs, old, mask, batch.valid, cap, self.importance)
+
+    def _mismatch(self, stats: TokenStats, batch: Rollout, cap: float) -> Tensor:
+        """[B, C]. At the first update the forward's own logprobs are those of the policy that sampled."""
+        assert batch.rollout_logprobs is not None
+        own = stats.logprobs if batch.old_logprobs is None else batch.old_logprobs
+        return losses.mismatch_weights(own, batch.rollout_logprobs, batch.completion_mask, cap)
 
     def diagnostics(self, stats: TokenStats, batch: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
         """Share of completions whose importance weight was cut."""

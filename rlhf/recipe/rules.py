@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
+from importlib.util import find_spec
 
 from rlhf.objectives.presets import NOT_IN_THIS_VERSION, OBJECTIVES, Program, is_dotted, preset
 from rlhf.recipe.marks import Problem
@@ -339,8 +340,8 @@ def instruction_term_needs_rows(recipe: Recipe) -> Iterator[Problem]:
 
 @rule
 def completions_are_decoded_here(recipe: Recipe) -> Iterator[Problem]:
-    if on_policy(recipe) and recipe.rollout.engine != "hf":
-        yield Problem(("rollout", "engine"), f"{recipe.rollout.engine} is not in this version; set hf")
+    if on_policy(recipe) and recipe.rollout.engine == "vllm" and find_spec("vllm") is None:
+        yield Problem(("rollout", "engine"), "vllm is not installed; `pip install 'rlhf[vllm]'`, or set hf")
 
 
 @rule

@@ -252,7 +252,9 @@ class Data(Section):
 class RolloutSettings(Section):
     """How completions are sampled. Nothing truncates the distribution: the sampled policy is the scored one."""
 
-    engine: Literal["hf", "vllm"] = Field(default="hf", description="What decodes.")
+    engine: Literal["hf", "vllm"] = Field(
+        default="hf", description="What decodes: the policy itself, or vLLM with a copy pushed before each rollout."
+    )
     decode: Literal["auto", "generate"] = Field(
         default="auto",
         description="auto: our loop, which reads a prompt once for all its completions, where it knows the model.",
@@ -266,6 +268,18 @@ class RolloutSettings(Section):
     stop: Annotated[tuple[str, ...], _LIST] = Field(
         default=(), description="Stop strings beside the tokenizer's stop tokens."
     )
+    mismatch_cap: Positive | None = Field(
+        default=2.0,
+        description="vLLM rounds otherwise: tokens weigh π/π_vllm, at most this; null = 1. `reinforce`, `ppo` and kin.",
+    )
+    gpu_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.4, description="Of the GPU's memory, for vLLM's weights, keys and values."
+    )
+
+    @property
+    def correction(self) -> float | None:
+        """``mismatch_cap`` where another program decodes."""
+        return self.mismatch_cap if self.engine == "vllm" else None
 
 
 class Kl(Section):

@@ -112,6 +112,27 @@ def test_sequence_importance_weights_by_hand() -> None:
     assert weights.tolist() == pytest.approx([4, 0.5, 0]) and truncated.item() == 1
 
 
+def test_mismatch_weights_by_hand() -> None:
+    """Token by token: 3 cut to 2, ½, and 1 where nothing counts."""
+    own = torch.tensor([[3.0, 0.5, NAN]]).log().requires_grad_()
+    weights = losses.mismatch_weights(own, torch.zeros(1, 3), torch.tensor([[True, True, False]]), cap=2.0)
+    assert weights.tolist() == [pytest.approx([2, 0.5, 1])] and not weights.requires_grad
+
+
+def test_mismatch_weights_give_the_gradient_of_the_policy() -> None:
+    """One token, sampled from q: Σ_a q(a)·w(a)·A(a)·∇log π(a) is Σ_a π(a)·A(a)·∇log π(a)."""
+    logits = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    advantages = torch.arange(6, dtype=torch.float64)
+    log_q = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(0)
+    log_pi = logits.log_softmax(0)
+    weights = losses.mismatch_weights(log_pi[:, None], log_q[:, None], torch.ones(6, 1, dtype=torch.bool), cap=1e9)[
+        :, 0
+    ]
+    weighted = torch.autograd.grad((log_q.exp() * weights * advantages * log_pi).sum(), logits, retain_graph=True)[0]
+    expected = torch.autograd.grad((log_pi.exp() * advantages).sum(), logits)[0]
+    torch.testing.assert_close(weighted, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_value_loss_by_hand() -> None:
     """V = 1, 3; old 0, 3; target 2, 2. Plain ½(1 + 1); clipped at ±.5 the first is at .5, error 1.5² = 2.25."""
     values, old, target = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 3.0]]), torch.tensor([[2.0, 2.0]])

@@ -206,6 +206,7 @@ MEANING: dict[str, Broken] = {
         recipe(reward="reward: {models: [{path: model, url: 'http://h:1'}]}"), "both path and url", line=4
     ),
     "reward neither path nor url": b(recipe(reward="reward: {models: [{weight: 1}]}"), "neither path nor url", line=4),
+    "vllm that is not installed": b(recipe(rollout="rollout: {engine: vllm}"), "vllm is not installed"),
     "reward server": b(recipe(reward="reward: {models: [{url: 'http://h:1'}]}"), "servers are not in this version"),
     "sharded reward model": b(
         recipe(reward="reward: {models: [{path: model, placement: zero3}]}"), "zero3 is not in this version", line=4

@@ -1,0 +1,59 @@
+"""One recipe trained with either engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import rlhf
+from rlhf.errors import ExitCode
+from rlhf.models.scratch import build_causal_lm, build_config
+from tests.sampling.test_hf import TOKENIZER
+
+# The reward is the share of vowels: dense, so that five steps show.
+RECIPE = """
+objective: reinforce
+run: {name: five, seed: 7, steps: 5}
+policy: {path: start, compute_dtype: float32}
+reward: {functions: [{call: "tests.vllm.runs:vowels"}], missing_eos_score: null}
+data:
+  train: [{path: "rlhf.data.quickstart:demonstrations", max_rows: 32}]
+  eval: [{path: "rlhf.data.quickstart:demonstrations", max_rows: 32}]
+rollout: {samples_per_prompt: 8, max_new_tokens: 16}
+kl: {beta: 0.01}
+optim: {lr: 1.0e-2}
+batch: {prompts_per_step: 16, microbatch_tokens: 4096}
+eval: {every_steps: 5, samples: 32}
+tracking: {to: []}
+"""
+
+
+def vowels(completions: list[list[dict[str, str]]], **columns: object) -> list[float]:
+    texts = [turns[-1]["content"] for turns in completions]
+    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in texts]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """gain: reward of the last step over the first's. gap: largest ``policy/sampler_gap``."""
+
+    gain: float
+    gap: float
+
+
+def both_engines(folder: Path) -> tuple[Learned, Learned]:
+    config = build_config("gemma", layers=2, hidden_size=64, heads=2, vocab_size=len(TOKENIZER))
+    build_causal_lm(config, seed=3).save_pretrained(folder / "start")
+    TOKENIZER.save_pretrained(folder / "start")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return _learned(folder, "hf"), _learned(folder, "vllm")
+
+
+def _learned(folder: Path, engine: str) -> Learned:
+    out = folder / engine
+    assert rlhf.train("recipe.yaml", f"rollout.engine={engine}", f"run.output_dir={out}") == ExitCode.DONE
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if "policy/loss" in row]
+    gain = steps[-1]["reward/score_mean"] - steps[0]["reward/score_mean"]
+    return Learned(gain, max(row["policy/sampler_gap"] for row in steps))
