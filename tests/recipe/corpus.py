@@ -206,7 +206,6 @@ MEANING: dict[str, Broken] = {
         recipe(reward="reward: {models: [{path: model, url: 'http://h:1'}]}"), "both path and url", line=4
     ),
     "reward neither path nor url": b(recipe(reward="reward: {models: [{weight: 1}]}"), "neither path nor url", line=4),
-    "vllm that is not installed": b(recipe(rollout="rollout: {engine: vllm}"), "vllm is not installed"),
     "reward server": b(recipe(reward="reward: {models: [{url: 'http://h:1'}]}"), "servers are not in this version"),
     "sharded reward model": b(
         recipe(reward="reward: {models: [{path: model, placement: zero3}]}"), "zero3 is not in this version", line=4
@@ -214,7 +213,7 @@ MEANING: dict[str, Broken] = {
     "moving reference of pairs": b(
         recipe(objective="objective: dpo", reference="reference: {ema: 0.99}"), "reference, which stands still", line=6
     ),
-    "other engine": b(recipe(rollout="rollout: {engine: vllm}"), "rollout.engine: vllm is not in this", line=6),
+    "other engine": b(recipe(rollout="rollout: {engine: vllm}"), "rollout.engine: vllm is not installed", line=6),
     "pushing": b(recipe(checkpoint="checkpoint: {hub_id: a/b}"), "pushing is not in this version", line=6),
     "no rows": b(recipe(data="data: {train: []}"), "no rows to train on", line=5),
     "missing file": b(recipe(data="data: {train: [{path: rovs.jsonl}]}"), "did you mean rows.jsonl?", line=5),
