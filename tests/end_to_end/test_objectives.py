@@ -38,8 +38,10 @@ VALUES: dict[str, Any] = {
     **{"value.warmup_steps": 1, "value.clip": 0.23, "value.coefficient": 0.29, "ppo.clip": 0.11, "ppo.gamma": 0.97},
     **{"ppo.gae_lambda": 0.91, "ppo.epochs": 3, "ppo.minibatches": 4, "ppo.stop_kl": 0.37, "ppo.whiten_rewards": True},
     **{"ppo.whiten_advantages": True, "dpo.loss": "ipo", "dpo.labels": "hard", "dpo.beta": 0.41},
-    **{"dpo.label_smoothing": 0.13, "simpo.beta": 2.3, "simpo.margin": 0.7},
+    **{"dpo.label_smoothing": 0.13, "simpo.beta": 2.3, "simpo.margin": 0.7, "rollout.correction": 1.7},
 }
+# What follows from other keys, and those.
+DERIVED = {"rollout.correction": {"engine": "vllm", "mismatch_cap": 1.7}}
 
 
 def test_every_field_of_every_objective_is_filled(recipe: str) -> None:
@@ -51,11 +53,12 @@ def test_every_field_of_every_objective_is_filled(recipe: str) -> None:
         changed = plain.model_dump(mode="json") | {"objective": name}
         for key in keys:
             section, _, field = key.partition(".")
-            changed[section] = {**changed[section], field: entry.pins.get(key, VALUES[key])}
+            changed[section] |= DERIVED.get(key, {field: entry.pins.get(key, VALUES.get(key))})
         made = objective(Recipe.model_validate_json(json.dumps(changed)))
         assert made.name == name
         for field, names in entry.settings.items():
             assert getattr(made, field) == entry.pins.get(names[0], VALUES[names[0]]), (name, field)
+    assert objective(plain).mismatch_cap is None  # type: ignore[attr-defined]  # the policy itself decodes
     assert objective(load_recipe(recipe, ["objective=dpo", "kl.beta=0.3"])).beta == 0.3  # type: ignore[attr-defined]
 
 
