@@ -1,29 +1,36 @@
-"""Tokens a second of our decode loop and of ``transformers.generate``, interleaved in one run.
+"""Tokens a second of our decode loop, of ``transformers.generate`` and of vLLM, interleaved in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/decode.py --vllm      after `make test-vllm`
 
 One tiny Gemma (hidden 128, 4 layers, vocabulary 4,096, random weights, fp32), 16 prompts × 4 completions unless said.
-Both sides draw the same tokens from the same noise; where they do not, the script exits with 1. A random model
-hardly ever stops, so for variable lengths 400 of its 4,096 tokens count as stop tokens.
+The first two draw the same tokens from the same noise; where they do not, the script exits with 1. vLLM draws its own,
+so its completions have other lengths, and it is timed without its push and check. A random model hardly ever stops, so
+for variable lengths 400 of its 4,096 tokens count as stop tokens.
 Medians over rounds of the ratio within a round; machines are noisy, rounds see the same noise.
 
-Writes results/decode.json.
+Writes results/decode.json, or results/decode_vllm.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import record
 import torch
 
+from rlhf.models.chat import render_prompt
 from rlhf.models.scratch import build_causal_lm, build_config, train_tokenizer
 from rlhf.rollout import Prompt, Rollout
+from rlhf.sampling.completions import Ends
 from rlhf.sampling.hf import HFSampler
+from rlhf.sampling.vllm import InProcess, Request
 
 WORDS = [f"w{index}" for index in range(3000)]
 
@@ -45,6 +52,7 @@ WORKLOADS = (
     Workload(name="variable length", new=128, stops=400),
     Workload(name="long prompt", prompt_words=250),
     Workload(name="long prompt, k = 8", prompt_words=250, k=8),
+    Workload(name="256 rows, fixed", prompts=64),
     Workload(name="256 rows, variable length", prompts=64, new=128, stops=400),
 )
 
@@ -55,55 +63,104 @@ def prompts_of(work: Workload) -> list[Prompt]:
     return [Prompt(row_id=i, text=" ".join(WORDS[w] for w in row)) for i, row in enumerate(drawn)]
 
 
-def sides(work: Workload, tokenizer: Any) -> dict[str, HFSampler]:
+@dataclass
+class Side:
+    """One decoder on one workload: seconds and tokens of every round, and the last rollout where it gives one."""
+
+    decode: Callable[[], Rollout | int]
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    found: Rollout | None = None
+
+    def round(self, counted: bool) -> None:
+        started = time.perf_counter()
+        result = self.decode()
+        spent = time.perf_counter() - started
+        self.found = result if isinstance(result, Rollout) else None
+        if counted:
+            self.seconds.append(spent)
+            self.tokens.append(result if isinstance(result, int) else int(result.completion_mask.sum()))
+
+    @property
+    def speeds(self) -> list[float]:
+        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+
+
+def sides(work: Workload, model: Any, tokenizer: Any, engine: InProcess | None) -> dict[str, Side]:
+    prompts, stops = prompts_of(work), tuple(range(100, 100 + work.stops))
     settings: dict[str, Any] = {
         "tokenizer": tokenizer,
         "samples_per_prompt": work.k,
         "max_new_tokens": work.new,
-        "stop_ids": tuple(range(100, 100 + work.stops)),
+        "stop_ids": stops,
     }
-    return {"ours": HFSampler(**settings), "generate": HFSampler(**settings, plain=True)}
+
+    def ours(plain: bool) -> Rollout:
+        return HFSampler(**settings, plain=plain).sample(model, prompts, range(len(prompts)), 1)
+
+    def theirs(engine: InProcess) -> int:
+        ids = [render_prompt(tokenizer, prompt) for prompt in prompts for _ in range(work.k)]
+        requests = [Request(row, 1.0, seed) for seed, row in enumerate(ids)]
+        return sum(len(row.ids) for row in engine.decode(requests, work.new, Ends(tokenizer, stops)))
+
+    found = {"ours": Side(lambda: ours(False)), "generate": Side(lambda: ours(True))}
+    return found if engine is None else {**found, "vllm": Side(lambda: theirs(engine))}
 
 
-def measure(work: Workload, model: Any, tokenizer: Any, rounds: int) -> dict[str, Any]:
-    prompts, seconds = prompts_of(work), {"ours": list[float](), "generate": list[float]()}
-    found: dict[str, Rollout] = {}
-    for step in range(rounds + 1):  # the first round warms up
-        for name, sampler in sides(work, tokenizer).items():
-            started = time.perf_counter()
-            found[name] = sampler.sample(model, prompts, range(len(prompts)), 1)
-            seconds[name] += [time.perf_counter() - started] if step else []
-    same = (found["ours"].completion_mask.sum(1) == found["generate"].completion_mask.sum(1)).all()
-    equal = bool(same) and torch.equal(found["ours"].completion_ids, found["generate"].completion_ids)
-    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["generate"], strict=True)]
-    tokens = int(found["ours"].completion_mask.sum())
-    return {
-        **asdict(work),
-        "tokens": tokens,
-        "same_completions": equal,
-        **{f"{name}_tokens_per_second": round(tokens / statistics.median(times)) for name, times in seconds.items()},
-        "ratio": round(statistics.median(ratios), 2),
-        "ratio_low": round(min(ratios), 2),
-        "ratio_high": round(max(ratios), 2),
-    }
+def measure(work: Workload, model: Any, tokenizer: Any, rounds: int, engine: InProcess | None) -> dict[str, Any]:
+    """Ratios are of tokens a second within a round."""
+    taken = sides(work, model, tokenizer, engine)
+    for round_ in range(rounds + 1):  # the first warms up
+        for side in taken.values():
+            side.round(counted=round_ > 0)
+    ours, plain = taken["ours"].found, taken["generate"].found
+    assert ours is not None and plain is not None
+    same = bool((ours.completion_mask.sum(1) == plain.completion_mask.sum(1)).all())
+    row: dict[str, Any] = {**asdict(work), "tokens": taken["ours"].tokens[-1]}
+    row["same_completions"] = same and torch.equal(ours.completion_ids, plain.completion_ids)
+    for name, side in taken.items():
+        row[f"{name}_tokens_per_second"] = round(statistics.median(side.speeds))
+        if name != "ours":
+            ratios = [a / b for a, b in zip(taken["ours"].speeds, side.speeds, strict=True)]
+            row[f"over_{name}"] = [round(pick(ratios), 2) for pick in (statistics.median, min, max)]
+    return row
+
+
+def started(model: Any) -> InProcess:
+    """vLLM with the model's weights. Its threads are counted when it starts."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    engine = InProcess(tokens=768, dtype=torch.float32, kv_bytes=2 * 2**30)
+    model.config.architectures = [type(model).__name__]
+    engine.push(model.config, model.state_dict().items())
+    return engine
+
+
+def shown(row: dict[str, Any]) -> str:
+    cells = [f"{row['name']:28s} {row['tokens']:6d} tokens   ours {row['ours_tokens_per_second']:6d}/s"]
+    for name in ("generate", "vllm"):
+        if f"over_{name}" in row:
+            middle, low, high = row[f"over_{name}"]
+            speed = row[f"{name}_tokens_per_second"]
+            cells.append(f"{name} {speed:6d}/s   ours / {name} {middle:5.2f} ({low:.2f} to {high:.2f})")
+    return "   ".join(cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--vllm", action="store_true", help="a third side; needs the environment of make test-vllm")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = train_tokenizer([" ".join(WORDS[i : i + 50]) for i in range(0, len(WORDS), 50)] * 2, 4096)
     config = build_config("gemma", layers=4, hidden_size=128, heads=4, vocab_size=4096)
     model = build_causal_lm(config, seed=0)
+    engine = started(model) if given.vllm else None
     rows = []
     for work in WORKLOADS:
-        rows.append(measure(work, model, tokenizer, rounds))
-        shown = rows[-1]
-        speeds = f"{shown['ours_tokens_per_second']:7d} {shown['generate_tokens_per_second']:7d}"
-        spread = f"{shown['ratio']:5.2f} ({shown['ratio_low']:.2f} to {shown['ratio_high']:.2f})"
-        print(f"{work.name:28s} {shown['tokens']:6d} tokens   {speeds} tokens/s   ours / generate {spread}", flush=True)
-    record.write("decode", {"model": "gemma, hidden 128, 4 layers, vocabulary 4096, fp32, 1 thread"}, rows)
+        rows.append(measure(work, model, tokenizer, given.rounds, engine))
+        print(shown(rows[-1]), flush=True)
+    settings = {"model": "gemma, hidden 128, 4 layers, vocabulary 4096, fp32, 1 thread"}
+    record.write("decode_vllm" if given.vllm else "decode", settings, rows)
     different = [row["name"] for row in rows if not row["same_completions"]]
     if different:
         raise SystemExit(f"other completions: {', '.join(different)}")

@@ -68,6 +68,7 @@ def sampler(
             engine=engine,
             tokenizer=tokenizer,
             samples_per_prompt=k,
+            max_new_tokens=settings.max_new_tokens,
             temperature=temperature,
             stop=settings.stop,
             stop_ids=stops,
@@ -91,7 +92,7 @@ def sampler(
     )
 
 
-def engine(recipe: Recipe, runtime: Runtime, tokenizer: Any, wrapped: torch.nn.Module) -> Engine | None:
+def engine(recipe: Recipe, runtime: Runtime, tokenizer: Any) -> Engine | None:
     """What decodes in place of the policy, where the recipe says so. It starts when it is first asked."""
     settings = recipe.rollout
     if settings.engine == "hf":
@@ -101,14 +102,10 @@ def engine(recipe: Recipe, runtime: Runtime, tokenizer: Any, wrapped: torch.nn.M
             f"rollout.engine=vllm decodes in the process that trains, and there are {runtime.world_size}; launch one "
             "process, or set rollout.engine=hf"
         )
-    inner: Any = distributed.unwrap(wrapped).causal_lm
     return InProcess(
-        tokenizer=tokenizer,
         tokens=recipe.data.max_prompt_tokens + settings.max_new_tokens,
-        max_new_tokens=settings.max_new_tokens,
         dtype=models.compute_dtype(recipe),
-        stop=settings.stop,
-        stop_ids=stop_ids(tokenizer, inner.generation_config),
+        tokenizer=tokenizer if settings.stop else None,
         memory_fraction=settings.gpu_fraction,
         kv_bytes=int(settings.kv_cache_gib * 2**30),
     )
@@ -163,7 +160,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     if isinstance(anchor, MovingReference):
         session.kept["reference"] = anchor.moving()
     settings, layout = recipe.rollout, models.layout(recipe, policy, anchor)
-    decoder = engine(recipe, runtime, tokenizer, wrapped)
+    decoder = engine(recipe, runtime, tokenizer)
     k, temperature = settings.samples_per_prompt, settings.temperature
     run = program.PolicyRun(
         session=session,

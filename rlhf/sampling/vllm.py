@@ -47,7 +47,7 @@ class Engine(Protocol):
     def push(self, config: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces all weights, under the names of transformers, and forgets what it computed with the old ones."""
 
-    def decode(self, requests: Sequence[Request]) -> list[Completion]:
+    def decode(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> list[Completion]:
         """One completion each, in their order."""
 
 
@@ -63,6 +63,7 @@ class VLLMSampler:
     engine: Engine
     tokenizer: Any
     samples_per_prompt: int
+    max_new_tokens: int
     temperature: float = 1.0
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
@@ -96,8 +97,8 @@ class VLLMSampler:
         else:
             seeds = self._seeds(step, slots, count)
             requests = [Request(row, self.temperature, seed) for row, seed in zip(rows, seeds, strict=True)]
-        found = self.engine.decode(requests)
         ends = Ends(self.tokenizer, self.stop_ids, self.stop)
+        found = self.engine.decode(requests, self.max_new_tokens, ends)
         return completions.rollout(prompts, ids, slots, found, ends).to(next(model.parameters()).device)
 
     def _seeds(self, step: int, slots: Sequence[int], count: int) -> list[int]:
@@ -142,15 +143,12 @@ class InProcess:
     """vLLM in this process. Starts at the first push, from the configuration: its weights are only ever pushed.
 
     tokens: longest row, prompt and completion. memory_fraction: of the GPU that vLLM may fill. kv_bytes: its keys and
-    values on a CPU. tokenizer: written beside the configuration where stop strings must be found in text.
+    values on a CPU. tokenizer: of a policy whose completions may end in a string, which vLLM looks for in text.
     """
 
-    tokenizer: Any
     tokens: int
-    max_new_tokens: int
     dtype: torch.dtype
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
+    tokenizer: Any | None = None
     memory_fraction: float = 0.4
     kv_bytes: int = 4 * 2**30
     configuration: list[Any] = field(default_factory=list)
@@ -162,31 +160,15 @@ class InProcess:
         self._llm.collective_rpc(_repack_heads)
         self._llm.reset_prefix_cache()  # else prompts seen before would be read with the old weights
 
-    def decode(self, requests: Sequence[Request]) -> list[Completion]:
+    def decode(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> list[Completion]:
         if not requests:
             return []
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
-            [self._parameters(request) for request in requests],
+            [_parameters(request, max_new_tokens, ends) for request in requests],
             use_tqdm=False,
         )
         return [_completion(output.outputs[0]) for output in outputs]
-
-    def _parameters(self, request: Request) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            temperature=request.temperature,
-            top_p=1.0,
-            top_k=0,
-            seed=request.seed,
-            max_tokens=self.max_new_tokens,
-            stop=list(self.stop) or None,
-            stop_token_ids=list(self.stop_ids),
-            ignore_eos=True,  # the stop ids are ours to name
-            logprobs=0,  # of the sampled token
-            detokenize=bool(self.stop),
-        )
 
     @cached_property
     def _llm(self) -> Any:
@@ -205,12 +187,12 @@ class InProcess:
         from vllm import LLM
 
         self.configuration[0].save_pretrained(folder)
-        if self.stop:
+        if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         threads, on_gpu = torch.get_num_threads(), torch.cuda.is_available()
         llm = LLM(
             model=folder,
-            skip_tokenizer_init=not self.stop,
+            skip_tokenizer_init=self.tokenizer is None,
             load_format="dummy",
             dtype=str(self.dtype).removeprefix("torch."),
             max_model_len=self.tokens,
@@ -227,6 +209,24 @@ class InProcess:
         )
         torch.set_num_threads(threads)
         return llm
+
+
+def _parameters(request: Request, max_new_tokens: int, ends: Ends) -> Any:
+    """The recipe's sampling and nothing else."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=1.0,
+        top_k=0,
+        seed=request.seed,
+        max_tokens=max_new_tokens,
+        stop=list(ends.strings) or None,
+        stop_token_ids=list(ends.ids),
+        ignore_eos=True,  # the stop ids are ours to name
+        logprobs=0,  # of the sampled token
+        detokenize=bool(ends.strings),
+    )
 
 
 def _repack_heads(worker: Any) -> None:

@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 from rlhf.models.load import LoraSpec, add_lora
 from rlhf.models.policy import ScoredModel
 from rlhf.rollout import Prompt
-from rlhf.sampling.completions import Completion
+from rlhf.sampling.completions import Completion, Ends
 from rlhf.sampling.vllm import Request, VLLMSampler
 from tests.sampling.test_hf import TOKENIZER
 from tests.support import tiny_lm
@@ -37,13 +37,13 @@ class Copy:
             self.lm.load_state_dict(self.pushes[-1])
 
     @torch.no_grad()
-    def decode(self, requests: Sequence[Request]) -> list[Completion]:
+    def decode(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> list[Completion]:
         self.asked += requests
         found = []
         for request in requests:
             ids, logprobs = list(request.prompt_ids), []
             generator = torch.Generator().manual_seed(request.seed or 0)
-            for _ in range(4):
+            for _ in range(max_new_tokens):
                 logits = self.lm(torch.tensor([ids])).logits[0, -1].float()
                 known = (logits / (request.temperature or 1.0)).log_softmax(-1)
                 choice = (
@@ -51,12 +51,14 @@ class Copy:
                 )
                 ids.append(int(choice))
                 logprobs.append(float(known[ids[-1]]))
-            found.append(Completion(ids[-4:], torch.tensor(logprobs), False))
+            found.append(Completion(ids[-max_new_tokens:], torch.tensor(logprobs), False))
         return found
 
 
 def sampler(engine: Copy) -> VLLMSampler:
-    return VLLMSampler(engine=engine, tokenizer=TOKENIZER, samples_per_prompt=2, temperature=0.7, seed=3)
+    return VLLMSampler(
+        engine=engine, tokenizer=TOKENIZER, samples_per_prompt=2, max_new_tokens=4, temperature=0.7, seed=3
+    )
 
 
 def test_every_rollout_is_decoded_with_the_weights_of_its_time() -> None:

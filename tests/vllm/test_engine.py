@@ -33,21 +33,18 @@ def policy(seed: int) -> Any:
 
 @pytest.fixture(scope="module")
 def engine() -> InProcess:
-    return InProcess(
-        tokenizer=TOKENIZER, tokens=96, max_new_tokens=12, dtype=torch.float32, stop_ids=STOP_IDS, kv_bytes=2**30
-    )
+    return InProcess(tokenizer=TOKENIZER, tokens=96, dtype=torch.float32, kv_bytes=2**30)
 
 
-def sampler(engine: InProcess, k: int = 4) -> VLLMSampler:
-    return VLLMSampler(
-        engine=engine, tokenizer=TOKENIZER, samples_per_prompt=k, temperature=AT, stop_ids=STOP_IDS, seed=7
-    )
+SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": AT, "stop_ids": STOP_IDS, "seed": 7}
 
 
-def plain() -> HFSampler:
-    return HFSampler(
-        tokenizer=TOKENIZER, samples_per_prompt=4, max_new_tokens=12, temperature=AT, stop_ids=STOP_IDS, seed=7
-    )
+def sampler(engine: InProcess, k: int = 4, **changes: Any) -> VLLMSampler:
+    return VLLMSampler(engine=engine, tokenizer=TOKENIZER, samples_per_prompt=k, **{**SETTINGS, **changes})
+
+
+def plain(**changes: Any) -> HFSampler:
+    return HFSampler(tokenizer=TOKENIZER, samples_per_prompt=4, **{**SETTINGS, **changes})
 
 
 def test_after_an_update_its_greedy_text_is_ours(engine: InProcess) -> None:
@@ -75,6 +72,15 @@ def test_its_logprobs_are_the_policys_at_the_temperature(engine: InProcess) -> N
         own = token_stats(ScoredModel(lm), plain_rows(found), StatsRequest(temperature=AT)).logprobs
     assert found.rollout_logprobs is not None
     torch.testing.assert_close(found.rollout_logprobs, own, rtol=0, atol=1e-4)  # fp32 sums of 64 in another order
+
+
+def test_a_stop_string_ends_a_completion_where_ours_does(engine: InProcess) -> None:
+    lm = policy(0)
+    string = plain().greedy(lm, PROMPTS, SLOTS, 1).texts[0][3:5]
+    ours = plain(stop=(string,)).greedy(lm, PROMPTS, SLOTS, 1)
+    theirs = sampler(engine, stop=(string,)).greedy(lm, PROMPTS, SLOTS, 1)
+    assert bool(ours.finished[0]) and theirs.completion_ids.tolist() == ours.completion_ids.tolist()
+    assert theirs.texts == ours.texts and theirs.finished.tolist() == ours.finished.tolist()
 
 
 def test_a_row_is_drawn_the_same_whatever_is_decoded_beside_it(engine: InProcess) -> None:
