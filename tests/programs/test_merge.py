@@ -1,0 +1,114 @@
+"""``rlhf merge``: folders in, a folder out that is the mean, and what cannot be averaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.errors import ExitCode, UserError
+from rlhf.models import load
+from rlhf.models.load import LoraSpec, add_lora
+from rlhf.models.scratch import build_causal_lm, build_config, build_reward_model
+from rlhf.programs import merge
+from tests.sampling.test_hf import TOKENIZER
+
+
+def config(layers: int = 1) -> object:
+    return build_config("gemma", layers=layers, hidden_size=32, heads=2, vocab_size=len(TOKENIZER))
+
+
+@pytest.fixture
+def policies(tmp_path: Path) -> list[Path]:
+    """Three language models of one shape."""
+    for seed in range(3):
+        build_causal_lm(config(), seed).save_pretrained(tmp_path / f"{seed}")
+        TOKENIZER.save_pretrained(tmp_path / f"{seed}")
+    return [tmp_path / f"{seed}" for seed in range(3)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return found
+
+
+def run(models: list[Path], out: Path, **settings: object) -> Path:
+    defaults: dict[str, object] = {"weights": [], "base": None, "slerp": None}
+    assert merge.main([str(path) for path in models], out, **{**defaults, **settings}) == ExitCode.DONE
+    return out
+
+
+def test_the_mean_of_policies(policies: list[Path], tmp_path: Path) -> None:
+    out = run(policies, tmp_path / "new" / "mean", weights=[2.0, 1.0, 1.0])
+    parts = [weights(path) for path in policies]
+    for name, value in weights(out).items():
+        torch.testing.assert_close(value, (2 * parts[0][name] + parts[1][name] + parts[2][name]) / 4)
+    assert load.load_tokenizer(str(out)).get_vocab() == TOKENIZER.get_vocab()
+    assert "2 × " in (out / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in out.parent.iterdir()] == ["mean"]  # nothing half-written beside it
+
+
+def test_the_arc_between_two_policies_passes_through_both(policies: list[Path], tmp_path: Path) -> None:
+    base = str(policies[2])
+    for at, end in ((0.0, policies[0]), (1.0, policies[1])):
+        out = run(policies[:2], tmp_path / f"arc{at}", slerp=at, base=base)
+        expected = weights(end)
+        for name, value in weights(out).items():
+            torch.testing.assert_close(value, expected[name])
+
+
+def test_reward_models_keep_their_mean_score(tmp_path: Path) -> None:
+    """The head's bias-like ``reward_center`` is averaged with the weights."""
+    for seed, centre in ((0, 1.0), (1, 4.0)):
+        model = build_reward_model(config(), seed)
+        model.config.reward_center = centre
+        model.save_pretrained(tmp_path / f"{seed}")
+        TOKENIZER.save_pretrained(tmp_path / f"{seed}")
+    out = run([tmp_path / "0", tmp_path / "1"], tmp_path / "mean", weights=[3.0, 1.0])
+    merged = AutoModelForSequenceClassification.from_pretrained(out)
+    assert merged.config.reward_center == 1.75 and merged.config.num_labels == 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft, of transformers
+def test_an_adapter_becomes_a_whole_model(policies: list[Path], tmp_path: Path) -> None:
+    model = add_lora(load.load_causal_lm(str(policies[0])), LoraSpec(4, 8, "all-linear"), 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(2))
+    load.export(model, TOKENIZER, tmp_path / "adapter", stop_ids=(1,), card="")
+    out = run([tmp_path / "adapter"], tmp_path / "whole")
+    assert not (out / "adapter_config.json").exists()
+    expected = load.merged_state(model)
+    for name, value in weights(out).items():
+        torch.testing.assert_close(value, expected[name])
+    with pytest.raises(UserError, match=r"adapter: is an adapter; first `rlhf merge"):
+        run([policies[0], tmp_path / "adapter"], tmp_path / "mixed")
+
+
+def test_what_cannot_be_averaged(policies: list[Path], tmp_path: Path) -> None:
+    build_causal_lm(config(layers=2), 0).save_pretrained(tmp_path / "deep")
+    TOKENIZER.save_pretrained(tmp_path / "deep")
+    with pytest.raises(UserError, match="not the tensors of"):
+        run([policies[0], tmp_path / "deep"], tmp_path / "out")
+    with pytest.raises(UserError, match="is no model's folder"):
+        run([policies[0], tmp_path / "nowhere"], tmp_path / "out")
+    with pytest.raises(UserError, match="is there already"):
+        run(policies, policies[0])
+    with pytest.raises(UserError, match="is one model and no adapter"):
+        run(policies[:1], tmp_path / "out")
+    with pytest.raises(UserError, match="3 models"):
+        run(policies, tmp_path / "out", weights=[1.0])
+    with pytest.raises(UserError, match="--slerp and --base"):
+        run(policies[:2], tmp_path / "out", slerp=0.5)
+    tokenizer = json.loads((policies[1] / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second, *_ = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (policies[1] / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(UserError, match="has another vocabulary"):
+        run(policies, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
