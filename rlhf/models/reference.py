@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from rlhf.interfaces import StatsRequest, TokenStats
 from rlhf.models.head import ChunkedHead, ReferenceStates
 from rlhf.models.layout import Rows
 from rlhf.models.policy import ScoredModel, reference_states, token_stats
+from rlhf.runtime.placement import Placed
 
 
 class Reference(Protocol):
@@ -24,25 +26,36 @@ class Reference(Protocol):
     def states(self, rows: Rows) -> ReferenceStates:
         """Hidden states and head: the reference's whole distribution, for the exact KL."""
 
+    def use(self) -> AbstractContextManager[Any]:
+        """Entered around the calls of a phase: weights that lie elsewhere are there inside."""
+
     def follow(self, step: int) -> None:
         """Called after the updates of each step; a reference that stands still does nothing."""
 
 
 @dataclass(frozen=True)
 class FrozenReference:
-    """A frozen copy (or another checkpoint) held beside the policy."""
+    """A frozen copy (or another checkpoint) held beside the policy. placed: where it lies; None = as it is."""
 
     model: ScoredModel
+    placed: Placed | None = None
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False).eval()
 
     @torch.no_grad()
     def stats(self, rows: Rows, request: StatsRequest) -> TokenStats:
-        return token_stats(self.model, rows, request)
+        return token_stats(self._where.model, rows, request)
 
     def states(self, rows: Rows) -> ReferenceStates:
-        return reference_states(self.model, rows, self.model.head)
+        return reference_states(self._where.model, rows, self.model.head)
+
+    def use(self) -> AbstractContextManager[Any]:
+        return self._where.use()
+
+    @property
+    def _where(self) -> Placed:
+        return self.placed or Placed(self.model)
 
     def follow(self, step: int) -> None:
         pass
@@ -57,7 +70,7 @@ class MovingReference(FrozenReference):
     adapter) stay where they are. The penalty then prices the way since then, no longer the distance from the start.
     """
 
-    policy: ScoredModel
+    policy: ScoredModel = field(kw_only=True)
     decay: float = 1.0
     every_steps: int | None = None
 
@@ -103,6 +116,9 @@ class AdapterOffReference:
     def states(self, rows: Rows) -> ReferenceStates:
         with self._adapter_off():
             return reference_states(self.wrapped, rows, self._head())
+
+    def use(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def follow(self, step: int) -> None:
         pass

@@ -79,7 +79,8 @@ class Evaluation:
                 policy = token_stats(model, rows, request)
             return policy._replace(ref_logprobs=self.reference.stats(rows, request).logprobs)
 
-        return microbatches.score(rollout, both, self.microbatch_tokens, self.session.runtime)
+        with self.reference.use():
+            return microbatches.score(rollout, both, self.microbatch_tokens, self.session.runtime)
 
 
 def sample_rows(

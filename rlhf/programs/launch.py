@@ -25,9 +25,10 @@ from rlhf.recipe import Recipe, local_inputs
 from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.fingerprint import fingerprint
-from rlhf.runtime.run_dir import RunDirectory, Status, open_run
+from rlhf.runtime.run_dir import ELSEWHERE, RunDirectory, Status, open_run
 from rlhf.tracking.tracker import build_tracker
 
+_OF_ONE_RANK = (ExitCode.USER, ExitCode.REWARD_GONE)  # may end a single process; the others are told of the rest
 # Keys that may differ when a run is resumed: they change what is seen of a run or when it pauses, nothing it computes.
 _FREE = ("run.resume", "run.max_seconds", "tracking.", "checkpoint.keep", "checkpoint.every_steps", "batch.activations")
 
@@ -89,9 +90,14 @@ def _guarded(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> ExitC
     except UserError as error:
         status: Status = "preempted" if error.code == ExitCode.PREEMPTED else "failed"
         _finish(runtime, directory, status, error.code, str(error))
-        _say(runtime, str(error), stream=sys.stderr)
+        if runtime.main or error.code in _OF_ONE_RANK:
+            print(str(error) if runtime.main else f"rank {runtime.rank}: {error}", file=sys.stderr, flush=True)
         return error.code
     except BaseException as error:
+        first = directory.failed_elsewhere() if runtime.main else None
+        if first is not None:
+            _say(runtime, f"another process ended, and this one with it: {first.reason}", stream=sys.stderr)
+            return first.code
         code = ExitCode.OUT_OF_MEMORY if _out_of_memory(error) else ExitCode.BUG
         _finish(runtime, directory, "failed", code, f"{type(error).__name__}: {error}")
         if code == ExitCode.BUG:
@@ -199,8 +205,12 @@ def _card(recipe: Recipe, path: Path) -> str:
 def _finish(
     runtime: Runtime, directory: RunDirectory, status: Status, code: ExitCode, reason: str, step: int | None = None
 ) -> None:
-    if runtime.main:
-        directory.finish(status, code, reason.split("\n")[0][:500], step=step)
+    """Written by the main process; by another where it fails alone, since the main one will only find it gone."""
+    told = reason.split("\n")[0][:500]
+    if runtime.main and (status == "finished" or directory.failed_elsewhere() is None):
+        directory.finish(status, code, told, step=step)
+    if not runtime.main and status == "failed":
+        directory.finish(status, code, f"{ELSEWHERE}{runtime.rank}: {told}")
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -65,7 +65,8 @@ class ReferenceCache:
         def forward(part: TokenBatch) -> TokenStats:
             return self.reference.stats(self.layout(part), StatsRequest())
 
-        found = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime, self.layout.cells)
+        with self.reference.use():
+            found = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime, self.layout.cells)
         rows = zip(digests, found.logprobs, batch.completion_mask, strict=True)
         return {digest: row[mask].cpu() for digest, row, mask in rows}
 

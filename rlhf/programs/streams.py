@@ -24,17 +24,35 @@ from rlhf.runtime.updater import Term
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffledPrompts:
-    """A step's prompts: the next ``per_step`` of an endless sequence of shuffled epochs."""
+    """A step's prompts: the next ``per_step`` of an endless sequence of shuffled epochs, dealt to the ranks."""
 
     prompts: Sequence[Prompt]
     per_step: int
     seed: int
-    own: slice
+    rank: int = 0
+    ranks: int = 1
 
     def at(self, step: int) -> tuple[list[Prompt], list[int]]:
         rows = positions(step, self.per_step, len(self.prompts), self.seed)
-        slots = range(self.per_step)[self.own]
-        return [self.prompts[rows[slot]] for slot in slots], list(slots)
+        slots = dealt([_length(self.prompts[row]) for row in rows], self.ranks)[self.rank]
+        return [self.prompts[rows[slot]] for slot in slots], slots
+
+
+def dealt(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Positions for each rank, as many for each, so that their lengths add up to about the same: the longest first,
+    back and forth over the ranks. A rank's own are in their order."""
+    longest = sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
+    there = list(range(ranks))
+    shares: list[list[int]] = [[] for _ in there]
+    for turn, first in enumerate(range(0, len(longest), ranks)):
+        for rank, at in zip(reversed(there) if turn % 2 else there, longest[first : first + ranks], strict=False):
+            shares[rank].append(at)
+    return [sorted(share) for share in shares]
+
+
+def _length(prompt: Prompt) -> int:
+    """In characters: tokens are not known yet, and it is only to be fair."""
+    return len(prompt.text) + sum(len(turn.content) for turn in prompt.turns)
 
 
 def demonstration_ids(
@@ -96,7 +114,8 @@ class InstructionTerms:
             return self.reference.stats(self.layout(part), self.objective.request)
 
         cells = self.layout.cells
-        known = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime, cells).logprobs
+        with self.reference.use():
+            known = microbatches.score(batch, forward, self.microbatch_tokens, self.runtime, cells).logprobs
         assert isinstance(batch, DemonstrationBatch)
         counted = batch.counted & batch.valid[:, None]
         lost = torch.where(counted, known - stats.logprobs, 0.0).sum()

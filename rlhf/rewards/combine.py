@@ -71,7 +71,8 @@ class RewardSet:
         """Counts over a scored rollout (summed over ranks), and what functions logged on this rank in their last call.
 
         Keys: ``reward/{unscorable,missing_eos,clipped}_rows``; ``reward/overlong_rows`` and
-        ``reward/<source>/unscorable_rows`` where there are any; ``reward/<function>/<metric>``.
+        ``reward/<source>/unscorable_rows`` where there are any; ``reward/disagreement`` of several models;
+        ``reward/<function>/<metric>``.
         """
         counts = {"reward/unscorable_rows": ~rollout.valid}
         replaced = ~rollout.finished if self.missing_eos_score is not None else torch.zeros_like(rollout.finished)
@@ -84,11 +85,21 @@ class RewardSet:
         totals = (collective or Alone()).sum(torch.stack([rows.sum() for rows in counts.values()])).tolist()
         found = zip(counts, totals, strict=True)
         metrics = {name: float(total) for index, (name, total) in enumerate(found) if total or index < always}
-        return metrics | self._logged()
+        return metrics | self._disagreement(rollout, collective or Alone()) | self._logged()
 
     def extras(self) -> Mapping[str, list[Any]]:
         """Columns that functions gave to ``log_extra`` in their last call: one value per row of this rank's rollout."""
         return {column: values for function in self.functions for column, values in function.log.extras.items()}
+
+    def _disagreement(self, rollout: Rollout, collective: Collective) -> dict[str, float]:
+        """Mean over completions of the standard deviation of the models' scores, of models with a weight."""
+        weighted = [s for s, (_, w) in zip(rollout.scores.values(), self.models, strict=False) if w]
+        if len(weighted) < 2:
+            return {}
+        spread = torch.stack(weighted).double().std(0, correction=0)
+        known = spread.isfinite()
+        total, rows = collective.sum(torch.stack([spread[known].sum(), known.sum()])).tolist()
+        return {"reward/disagreement": total / rows} if rows else {}
 
     def _logged(self) -> dict[str, float]:
         return {

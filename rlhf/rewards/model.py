@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
+from rlhf.interfaces import Alone, Collective
 from rlhf.models import masks
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.models.layout import Size, plain_rows
@@ -19,8 +20,10 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.rewards import canary
 from rlhf.rollout import Prompt, Rollout, pad_rows
 from rlhf.runtime.microbatches import pack
+from rlhf.runtime.placement import Placed, Placement, place
 
 LONGEST_SHARED = 4096  # tokens of a row: its mask is quadratic
+_ALONE = Alone()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,9 @@ class RewardModel:
 
     tokenizer: the reward model's own. compute_dtype: autocast type of the forward. microbatch_tokens: rows × padded
     width of one forward. A row of more than ``max_tokens`` tokens (the model's context) cannot be scored. shared: texts
-    of one prompt share a row, their common beginning read once, where the model's masks are known.
+    of one prompt share a row, their common beginning read once, where the model's masks are known. placed: what is
+    called in the model's place (a ``ScalarModel`` around it, where it has a head of that kind); None = the model as it
+    lies. collective: the processes that call it equally often where it is sharded over them.
     """
 
     name: str
@@ -38,6 +43,8 @@ class RewardModel:
     compute_dtype: torch.dtype = torch.float32
     microbatch_tokens: int = 16384
     shared: bool = True
+    placed: Placed | None = None
+    collective: Collective = _ALONE
 
     @property
     def max_tokens(self) -> int | None:
@@ -69,11 +76,26 @@ class RewardModel:
         fitting = [i for i, row in enumerate(rows) if self.max_tokens is None or len(row) <= self.max_tokens]
         groups = self._groups(prompts, rows, fitting)
         sizes = [Size.of([0], [shared_length([rows[i] for i in group])]) for group in groups]
-        for part in pack(sizes, self.microbatch_tokens, plain_rows.cells):
-            chosen = [groups[index] for index in part]
-            found = self.forward_groups([[rows[i] for i in group] for group in chosen])
-            scores[[i for group in chosen for i in group]] = found.float().cpu() - self.center
+        with self._placed.use():
+            parts = pack(sizes, self.microbatch_tokens, plain_rows.cells)
+            for part in parts:
+                chosen = [groups[index] for index in part]
+                found = self.forward_groups([[rows[i] for i in group] for group in chosen])
+                scores[[i for group in chosen for i in group]] = found.float().cpu() - self.center
+            for _ in range(self._missing(len(parts))):
+                self.forward([[0]])
         return scores
+
+    def _missing(self, forwards: int) -> int:
+        """How many forwards others do that this process has no rows for."""
+        if not self._placed.sharded:
+            return 0
+        count = torch.tensor(forwards, device=next(self.model.parameters()).device)
+        return int(self.collective.max(count)) - forwards
+
+    @property
+    def _placed(self) -> Placed:
+        return self.placed or Placed(callable_model(self.model, self.compute_dtype))
 
     def _groups(self, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], fitting: list[int]) -> list[list[int]]:
         """Rows that are scored in one: those of a prompt, while they stay short; alone where masks are not known."""
@@ -98,8 +120,9 @@ class RewardModel:
         model = cast(Any, self.model)
         model.eval()
         rows = share_prefixes(groups).to(next(model.parameters()).device)
-        scalar = ScalarModel(model, compute_dtype=self.compute_dtype)
-        return cast(Tensor, scalar(rows.input_ids, None, rows.position_ids, rows.segments, rows.last)["scores"])
+        return cast(
+            Tensor, self._placed.model(rows.input_ids, None, rows.position_ids, rows.segments, rows.last)["scores"]
+        )
 
     def token_rows(self, rollout: Rollout) -> list[list[int]]:
         """Prompt and completion in this model's own tokens, [B] lists."""
@@ -123,12 +146,17 @@ class RewardModel:
         ids, mask = (value.to(device) for value in pad_rows(rows, side="right"))
         model.eval()
         if hasattr(model, "score"):  # a decoder with a scalar head: read by the mask, never by pad ids
-            scalar = ScalarModel(model, compute_dtype=self.compute_dtype)
             positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
-            return cast(Tensor, scalar(ids, mask.long(), positions)["scores"])
+            return cast(Tensor, self._placed.model(ids, mask.long(), positions)["scores"])
         low = self.compute_dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(device.type, dtype=self.compute_dtype if low else None, enabled=low):
-            return cast(Tensor, model(input_ids=ids, attention_mask=mask.long()).logits.squeeze(-1))
+            found = self._placed.model(input_ids=ids, attention_mask=mask.long())
+            return cast(Tensor, found.logits.squeeze(-1))
+
+
+def callable_model(model: nn.Module, compute_dtype: torch.dtype) -> nn.Module:
+    """A decoder with a scalar head as ``ScalarModel``; another classifier as it is."""
+    return ScalarModel(model, compute_dtype=compute_dtype) if hasattr(model, "score") else model
 
 
 def load_reward_model(
@@ -138,6 +166,8 @@ def load_reward_model(
     compute_dtype: torch.dtype = torch.float32,
     microbatch_tokens: int = 16384,
     name: str | None = None,
+    placement: Placement = "replicate",
+    collective: Collective = _ALONE,
 ) -> RewardModel:
     """A frozen reward model and its tokenizer from a folder or the hub.
 
@@ -166,19 +196,22 @@ def load_reward_model(
     model.requires_grad_(False).eval()
     loaded = RewardModel(
         name=name or short_name(path),
-        model=model.to(device),
+        model=model,
         tokenizer=tokenizer,
         compute_dtype=compute_dtype,
         microbatch_tokens=microbatch_tokens,
+        placed=place(callable_model(model, compute_dtype), placement, torch.device(device), collective),
+        collective=collective,
     )
-    canary.scores_mean_something(
-        loaded.forward,
-        loaded.model,
-        tokenizer,
-        where=where,
-        max_tokens=loaded.max_tokens,
-        tolerance=1e-4 if compute_dtype == torch.float32 else 0.1,  # 8 bits of mantissa, sums in another order
-    )
+    with loaded._placed.use():
+        canary.scores_mean_something(
+            loaded.forward,
+            loaded.model,
+            tokenizer,
+            where=where,
+            max_tokens=loaded.max_tokens,
+            tolerance=1e-4 if compute_dtype == torch.float32 else 0.1,  # 8 bits of mantissa, sums in another order
+        )
     return loaded
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -118,10 +118,19 @@ class Runtime:
                 offload.setup_zero_stage3_hooks()
 
     def describe(self) -> str:
-        where = {"single": "one process", "ddp": "replicated (DDP)"}.get(
-            self.kind, f"sharded (DeepSpeed ZeRO-{self.kind[-1]})"
-        )
-        return f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {self.device.type}, policy {where}"
+        if self.world_size == 1:
+            return f"1 process on {self.device.type}, policy {_POLICY[self.kind]}"
+        backend = torch.distributed.get_backend()
+        return f"{self.world_size} processes on {self.device.type} over {backend}, policy {_POLICY[self.kind]}"
+
+
+_POLICY: Mapping[Kind, str] = {
+    "single": "whole",
+    "ddp": "whole on each (DDP)",
+    "zero1": "whole on each, its optimizer state in shares (ZeRO-1)",
+    "zero2": "whole on each, its gradients and optimizer state in shares (ZeRO-2)",
+    "zero3": "in shares, with its gradients and optimizer state (ZeRO-3)",
+}
 
 
 def start(*, max_grad_norm: float | None, compute_dtype: torch.dtype, timeout_seconds: float = 1800.0) -> Runtime:
@@ -131,7 +140,7 @@ def start(*, max_grad_norm: float | None, compute_dtype: torch.dtype, timeout_se
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         if wants_deepspeed:
-            _compile_nothing()
+            compile_nothing()
     accelerator = _accelerator(wants_deepspeed, on_cpu, compute_dtype, timeout_seconds)
     if wants_deepspeed:
         _configure_deepspeed(accelerator, max_grad_norm)
@@ -157,7 +166,7 @@ def _accelerator(wants_deepspeed: bool, on_cpu: bool, compute_dtype: torch.dtype
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # Under DeepSpeed the engine owns the low-precision copy; elsewhere ScoredModel's own autocast does.
     mixed = "bf16" if wants_deepspeed and compute_dtype == torch.bfloat16 else "no"
-    with _quiet_stdout():
+    with quiet_stdout():
         return Accelerator(
             cpu=on_cpu and not wants_deepspeed,  # with cpu=True accelerate drops DeepSpeed without a word
             mixed_precision=mixed,
@@ -165,7 +174,7 @@ def _accelerator(wants_deepspeed: bool, on_cpu: bool, compute_dtype: torch.dtype
         )
 
 
-def _compile_nothing() -> None:
+def compile_nothing() -> None:
     """Keeps DeepSpeed from compiling a shared-memory all-reduce when the group starts: only its inference uses it.
 
     The compilation takes half a minute and a C++ compiler, and one that was killed leaves a lock file in the user's
@@ -221,7 +230,7 @@ def prepare(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer
     """Wraps model and optimizer for this process group and checks that the wrapper is the expected one."""
     if runtime.kind == "single":
         return model.to(runtime.device), optimizer
-    with _quiet_stdout():
+    with quiet_stdout():
         wrapped, wrapped_optimizer = runtime.accelerator.prepare(model, optimizer)
     expected = "DeepSpeedEngine" if runtime.deepspeed else "DistributedDataParallel"
     if type(wrapped).__name__ != expected:
@@ -245,7 +254,7 @@ def auto_dtype(name: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
+def quiet_stdout() -> Iterator[None]:
     """DeepSpeed and accelerate print set-up notes to stdout, which belongs to the run's own lines."""
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
         yield

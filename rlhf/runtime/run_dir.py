@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TextIO
+from typing import Any, Literal, NamedTuple, Self, TextIO
 
 from rlhf.errors import ExitCode, UserError
 from rlhf.runtime.checkpoint import (
@@ -36,9 +36,17 @@ RECIPE, RUN, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
 LOGS = ("metrics.jsonl", "samples.jsonl")
 Status = Literal["running", "finished", "failed", "preempted"]
 
+ELSEWHERE = "rank "  # begins the reason where a process other than the main one failed
 _OURS = (RUN, CHECKPOINTS, "final", "best", *LOGS)
 _NO_STEP = -1  # rows of step 0 (the evaluation before training) survive a resume, but not a fresh start
 _held: weakref.WeakSet[TextIO] = weakref.WeakSet()
+
+
+class Failure(NamedTuple):
+    """How a run ended: its exit code, and why in one line."""
+
+    code: ExitCode
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,14 @@ class RunDirectory:
         """Records how the run ended. ``reason`` is one line; secrets are taken out of it."""
         done = {} if step is None else {"step": step}
         self.update(status=status, exit_code=int(code), exit_reason=redact_text(reason), ended=_now(), **done)
+
+    def failed_elsewhere(self) -> Failure | None:
+        """How another process of this run ended it, where one did."""
+        record = self.read()
+        reason = str(record.get("exit_reason") or "")
+        if record.get("status") != "failed" or not reason.startswith(ELSEWHERE):
+            return None
+        return Failure(ExitCode(record["exit_code"]), reason)
 
     def close(self) -> None:
         """Lets another run use the directory."""

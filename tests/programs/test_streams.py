@@ -11,7 +11,7 @@ from rlhf.data.examples import Demonstration
 from rlhf.interfaces import TokenStats
 from rlhf.models.scratch import train_tokenizer
 from rlhf.objectives.supervised import DemonstrationBatch, Demonstrations
-from rlhf.programs.streams import ShuffledDemonstrations, demonstration_ids
+from rlhf.programs.streams import ShuffledDemonstrations, ShuffledPrompts, dealt, demonstration_ids
 from rlhf.rollout import Prompt, Turn
 
 
@@ -65,3 +65,19 @@ def test_a_stream_keeps_the_marks_with_their_rows(tokenizer: Any) -> None:
     batch = stream.at(1)
     assert batch.counted.sum(1).tolist() == [sum(rows[0].counted)] * 2
     assert batch.select([1]).counted.shape == batch.completion_ids.select(0, 1)[None].shape
+
+
+def test_prompts_are_dealt_so_that_ranks_finish_together() -> None:
+    """Lengths 9 8 7 6 5 4 to two: 9, 6, 5 and 8, 7, 4; to three: 9, 4 · 8, 5 · 7, 6. In the order of the step."""
+    assert dealt([9, 8, 7, 6, 5, 4], 2) == [[0, 3, 4], [1, 2, 5]]
+    assert dealt([4, 5, 6, 7, 8, 9], 3) == [[0, 5], [1, 4], [2, 3]]
+    assert dealt([3, 1, 2], 1) == [[0, 1, 2]]
+
+
+def test_every_rank_has_its_own_prompts_of_the_step_one_process_has() -> None:
+    prompts = [Prompt(row_id=at, text="x" * (at * 7 % 5)) for at in range(10)]
+    whole, slots = ShuffledPrompts(prompts=prompts, per_step=6, seed=3).at(2)
+    shares = [ShuffledPrompts(prompts=prompts, per_step=6, seed=3, rank=rank, ranks=2).at(2) for rank in (0, 1)]
+    assert slots == list(range(6)) and sorted(shares[0][1] + shares[1][1]) == slots
+    for own, places in shares:
+        assert [prompt.row_id for prompt in own] == [whole[place].row_id for place in places] and len(own) == 3

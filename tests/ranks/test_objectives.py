@@ -52,9 +52,14 @@ def trained(folder: Path, name: str, objective: str, *more: str) -> torch.Tensor
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+    return weights(folder, name, objective)
+
+
+def weights(folder: Path, name: str, objective: str) -> torch.Tensor:
+    """All trained weights of a run's last checkpoint, a critic's included."""
     last = sorted((folder / "runs" / f"{name}-{objective}" / "checkpoints").iterdir())[-1]
-    weights = load_file(last / "model.safetensors")
-    return torch.cat([weights[key].flatten() for key in sorted(weights)])
+    found = load_file(last / "model.safetensors")
+    return torch.cat([found[key].flatten() for key in sorted(found)])
 
 
 @pytest.mark.ranks

@@ -78,6 +78,19 @@ def test_ensembles(how: Any, weights: list[float], expected: list[float]) -> Non
     assert combine_models(torch.tensor([[1.0, 2.0], [5.0, 2.0]]), weights, how).tolist() == expected
 
 
+def test_how_far_models_disagree() -> None:
+    """(1, 5) is 2 away from its mean, (2, 2) is 0, the unscorable row does not count, nor does a judge of weight 0."""
+    models = [
+        (Fixed("a", (1.0, 2.0, NAN)), 1.0),
+        (Fixed("b", (5.0, 2.0, 0.0)), 3.0),
+        (Fixed("judge", (9.0, 9.0, 9.0)), 0.0),
+    ]
+    rewards = RewardSet(models=models)
+    assert rewards.metrics(rewards.score(rollout(), step=1))["reward/disagreement"] == 1.0
+    alone = RewardSet(models=models[1:])
+    assert "reward/disagreement" not in alone.metrics(alone.score(rollout(), step=1))
+
+
 @pytest.mark.parametrize("how", ["mean", "min", "uwo"])
 def test_a_row_one_model_cannot_score_is_unscorable(how: Any) -> None:
     rewards = RewardSet(models=[(Fixed("a", (1.0, NAN, 3.0)), 1.0), (Fixed("b", (1.0, 1.0, 1.0)), 1.0)], combine=how)
