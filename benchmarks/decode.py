@@ -5,8 +5,9 @@
 
 One tiny Gemma (hidden 128, 4 layers, vocabulary 4,096, random weights, fp32), 16 prompts × 4 completions unless said.
 The first two draw the same tokens from the same noise; where they do not, the script exits with 1. vLLM draws its own,
-so its completions have other lengths, and it is timed without its push and check. A random model hardly ever stops, so
-for variable lengths 400 of its 4,096 tokens count as stop tokens.
+so its completions have other lengths, and it is timed without its push and check, in a process of its own: in the same
+one, our loop is up to five times slower. A random model hardly ever stops, so for variable lengths 400 of its 4,096
+tokens count as stop tokens.
 Medians over rounds of the ratio within a round; machines are noisy, rounds see the same noise.
 
 Writes results/decode.json, or results/decode_vllm.json.
@@ -15,10 +16,12 @@ Writes results/decode.json, or results/decode_vllm.json.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,8 +32,8 @@ from rlhf.models.chat import render_prompt
 from rlhf.models.scratch import build_causal_lm, build_config, train_tokenizer
 from rlhf.rollout import Prompt, Rollout
 from rlhf.sampling.completions import Ends
+from rlhf.sampling.engine import Request
 from rlhf.sampling.hf import HFSampler
-from rlhf.sampling.vllm import InProcess, Request
 
 WORDS = [f"w{index}" for index in range(3000)]
 
@@ -86,7 +89,10 @@ class Side:
         return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
 
 
-def sides(work: Workload, model: Any, tokenizer: Any, engine: InProcess | None) -> dict[str, Side]:
+Decode = Callable[[Sequence[Request], int, Ends], int]  # → tokens
+
+
+def sides(work: Workload, model: Any, tokenizer: Any, vllm: Decode | None) -> dict[str, Side]:
     prompts, stops = prompts_of(work), tuple(range(100, 100 + work.stops))
     settings: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -98,18 +104,18 @@ def sides(work: Workload, model: Any, tokenizer: Any, engine: InProcess | None) 
     def ours(plain: bool) -> Rollout:
         return HFSampler(**settings, plain=plain).sample(model, prompts, range(len(prompts)), 1)
 
-    def theirs(engine: InProcess) -> int:
+    def theirs(decode: Decode) -> int:
         ids = [render_prompt(tokenizer, prompt) for prompt in prompts for _ in range(work.k)]
         requests = [Request(row, 1.0, seed) for seed, row in enumerate(ids)]
-        return sum(len(row.ids) for row in engine.decode(requests, work.new, Ends(tokenizer, stops)))
+        return decode(requests, work.new, Ends(None, stops))
 
     found = {"ours": Side(lambda: ours(False)), "generate": Side(lambda: ours(True))}
-    return found if engine is None else {**found, "vllm": Side(lambda: theirs(engine))}
+    return found if vllm is None else {**found, "vllm": Side(lambda: theirs(vllm))}
 
 
-def measure(work: Workload, model: Any, tokenizer: Any, rounds: int, engine: InProcess | None) -> dict[str, Any]:
+def measure(work: Workload, model: Any, tokenizer: Any, rounds: int, vllm: Decode | None) -> dict[str, Any]:
     """Ratios are of tokens a second within a round."""
-    taken = sides(work, model, tokenizer, engine)
+    taken = sides(work, model, tokenizer, vllm)
     for round_ in range(rounds + 1):  # the first warms up
         for side in taken.values():
             side.round(counted=round_ > 0)
@@ -126,13 +132,40 @@ def measure(work: Workload, model: Any, tokenizer: Any, rounds: int, engine: InP
     return row
 
 
-def started(model: Any) -> InProcess:
-    """vLLM with the model's weights. Its threads are counted when it starts."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    engine = InProcess(tokens=768, dtype=torch.float32, kv_bytes=2 * 2**30)
+@contextmanager
+def vllm_beside() -> Iterator[Decode]:
+    """vLLM with the model's weights in another process, which waits while the others decode."""
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=_vllm, args=(theirs,), daemon=True)
+    child.start()
+    assert ours.recv() == "ready"
+
+    def decode(requests: Sequence[Request], new: int, ends: Ends) -> int:
+        ours.send((requests, new, ends))
+        found: int = ours.recv()
+        return found
+
+    yield decode
+    ours.send(None)
+    child.join()
+
+
+def _vllm(pipe: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # counted when it starts
+    torch.set_num_threads(1)
+    from rlhf.sampling.vllm import InProcess, Start
+
+    model: Any = policy()
+    engine = InProcess(start=Start(tokens=768, dtype=torch.float32, kv_bytes=2 * 2**30))
     model.config.architectures = [type(model).__name__]
     engine.push(model.config, model.state_dict().items())
-    return engine
+    pipe.send("ready")
+    while (asked := pipe.recv()) is not None:
+        pipe.send(sum(len(row.ids) for row in engine.begin(*asked)()))
+
+
+def policy() -> Any:
+    return build_causal_lm(build_config("gemma", layers=4, hidden_size=128, heads=4, vocab_size=4096), seed=0)
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -152,13 +185,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = train_tokenizer([" ".join(WORDS[i : i + 50]) for i in range(0, len(WORDS), 50)] * 2, 4096)
-    config = build_config("gemma", layers=4, hidden_size=128, heads=4, vocab_size=4096)
-    model = build_causal_lm(config, seed=0)
-    engine = started(model) if given.vllm else None
-    rows = []
-    for work in WORKLOADS:
-        rows.append(measure(work, model, tokenizer, given.rounds, engine))
-        print(shown(rows[-1]), flush=True)
+    rows, model = [], policy()
+    with vllm_beside() if given.vllm else nullcontext() as vllm:
+        for work in WORKLOADS:
+            rows.append(measure(work, model, tokenizer, given.rounds, vllm))
+            print(shown(rows[-1]), flush=True)
     settings = {"model": "gemma, hidden 128, 4 layers, vocabulary 4096, fp32, 1 thread"}
     record.write("decode_vllm" if given.vllm else "decode", settings, rows)
     different = [row["name"] for row in rows if not row["same_completions"]]
