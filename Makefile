@@ -7,11 +7,12 @@ STAMP := $(VENV)/installed-$(shell cat setup.cfg pyproject.toml | cksum | cut -d
 WORKERS ?= auto
 PYTEST_ARGS ?=
 
-.PHONY: help setup quickstart test test-vllm check format schema clean
+.PHONY: help setup quickstart test test-distributed test-vllm check format schema clean
 
 help:
 	@echo "make quickstart  train SFT, a reward model and REINFORCE on this machine (minutes)"
 	@echo "make test        all tests but the slow and the GPU ones, two-rank tests included"
+	@echo "make test-distributed  every test of several processes, the slow ones included"
 	@echo "make test-vllm   the tests of rollout.engine=vllm, with vLLM for this processor in .venv-vllm (5 GB)"
 	@echo "make check       format, lint, types, layering"
 	@echo "make format      put the code into the format that make check wants"
@@ -31,6 +32,10 @@ quickstart: $(STAMP)
 # One thread per worker: the workers share the cores, and sums come out the same whatever the machine.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# All of tests/ranks, the slow ones included: two real processes under DDP and ZeRO-1 to 3. Minutes.
+test-distributed: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks tests/ranks $(PYTEST_ARGS)
 
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/installed-$(shell cat setup.cfg tests/vllm/install.py | cksum | cut -d ' ' -f 1)

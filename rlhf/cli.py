@@ -159,6 +159,36 @@ def evaluate(
 
 
 @app.command()
+def merge(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Folders such as `runs/my-run-reward/final`.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the new model goes.")],
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(metavar="W", help="Of each model, in their order; default: all alike.", show_default=False),
+    ] = None,
+    slerp: Annotated[
+        float | None,
+        typer.Option(metavar="T", min=0, max=1, help="Between two models along an arc around `--base`: 0 = the first."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What both were trained from; for `--slerp`.")
+    ] = None,
+) -> None:
+    """Average models that were trained from one start, or add an adapter to its base.
+
+    `rlhf merge runs/a-reward/final runs/b-reward/final --output rewards-merged`
+
+    The mean of reward models withstands exploitation better than each (WARM); that of policies keeps what they have in
+    common (WARP: `--slerp 0.5 --base runs/my-sft/final`). One folder with an adapter becomes a whole model.
+    """
+    from rlhf.programs import merge as program
+
+    _leave(program.main(models, output, weights=weight or [], base=base, slerp=slerp))
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run directories, such as `runs/my-run-reinforce`.")
@@ -225,6 +255,38 @@ def sample(
             typer.echo(line)
     else:
         sample_show.show(found, *names)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def serve_policy(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(metavar="HOST", help="Where it listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535)] = 8000,
+) -> None:
+    """Start a vLLM server that decodes for `rlhf train` of the same recipe.
+
+    `rlhf serve-policy my-recipe.yaml`, and elsewhere
+    `rlhf train my-recipe.yaml rollout.engine=vllm rollout.url=http://127.0.0.1:8000`
+
+    It starts without weights; the trainer pushes them before every rollout, through files in `rollout.push_folder`.
+    Options of `vllm serve` may follow the overrides: `rlhf serve-policy my-recipe.yaml --tensor-parallel-size 4`.
+
+    Whoever can reach the port can replace the weights: `rollout.token_env` guards completions alone, so leave it on
+    this machine or inside a network of your own.
+    """
+    from importlib.util import find_spec
+
+    from rlhf.recipe import load_recipe
+
+    given = overrides or []
+    first = next((place for place, text in enumerate(given) if text.startswith("-")), len(given))
+    ready = load_recipe(recipe, [*given[:first], "rollout.engine=hf", "rollout.url=null", "rollout.ahead=false"])
+    if find_spec("vllm") is None:
+        raise UserError("vllm is not installed here, and it is what serves; `pip install 'rlhf[vllm]'`")
+    from rlhf.programs.serve_policy import serve
+
+    raise typer.Exit(serve(ready, host, port, given[first:]))
 
 
 @app.command()

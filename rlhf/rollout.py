@@ -157,7 +157,8 @@ class Rollout(TokenBatch):
     sample            [B] int64: 0 … k-1 within the group
     finished          [B] bool: ended with a stop token or stop string
     rollout_logprobs  [B, C] nats, recorded by the sampler (behaviour policy)
-    old_logprobs      [B, C] nats, trainer's policy at the start of the update
+    old_logprobs      [B, C] nats, trainer's policy at the start of the update; of completions decoded ahead the
+                      sampler's
     entropy           [B, C] nats, of the same policy; where a step is cut into minibatches
     ref_logprobs      [B, C] nats, the reference
     values            [B, C] value model

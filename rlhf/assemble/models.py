@@ -22,6 +22,7 @@ from rlhf.objectives.presets import OBJECTIVES
 from rlhf.recipe import Recipe
 from rlhf.runtime import distributed, step_size
 from rlhf.runtime.distributed import Runtime
+from rlhf.runtime.placement import Placement, place
 from rlhf.runtime.schedule import learning_rate_schedule
 from rlhf.runtime.updater import Forward, Updater
 
@@ -52,6 +53,14 @@ def causal_lm(recipe: Recipe, tokenizer: Any) -> nn.Module:
     else:
         model = scratch.build_causal_lm(_scratch_config(recipe, tokenizer), recipe.run.seed)
     return _adapted(recipe, model, "CAUSAL_LM")
+
+
+def weightless(recipe: Recipe, tokenizer: Any) -> nn.Module:
+    """The policy on the meta device: what it is made of, without weights and adapter."""
+    if recipe.policy.path is not None:
+        return load.weightless_causal_lm(recipe.policy.path)
+    with torch.device("meta"):
+        return scratch.empty_causal_lm(_scratch_config(recipe, tokenizer))
 
 
 def classifier(recipe: Recipe, tokenizer: Any) -> nn.Module:
@@ -92,8 +101,8 @@ def scored(recipe: Recipe, runtime: Runtime, lm: nn.Module, critic: nn.Module | 
 
 
 def parameters(model: nn.Module) -> int:
-    """How many weights a model has."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """How many weights a model has, on all processes together where it is in shares."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
 
 
 def adamw(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -136,6 +145,7 @@ def reference(recipe: Recipe, policy: ScoredModel, runtime: Runtime) -> FrozenRe
     Raises UserError for one that is to follow weights which every process holds a part of.
     """
     settings, dtype = recipe.reference, compute_dtype(recipe)
+    how = placement(settings.placement)
     moves = settings.ema > 0 or settings.reset_steps is not None
     if settings.path is not None:
         model = load.load_causal_lm(settings.path, attention=recipe.policy.attention, what="reference.path")
@@ -143,14 +153,21 @@ def reference(recipe: Recipe, policy: ScoredModel, runtime: Runtime) -> FrozenRe
         return None
     else:
         model = load.frozen_copy(policy.causal_lm)
-    frozen = ScoredModel(model, compute_dtype=dtype).to(runtime.device)
+    frozen = ScoredModel(model, compute_dtype=dtype).requires_grad_(False).eval()
+    placed = place(frozen, how, runtime.device, runtime)
     if not moves:
-        return FrozenReference(frozen)
+        return FrozenReference(frozen, placed)
     if runtime.sharded:
         raise UserError("reference.ema and reset_steps read whole weights, which ZeRO-3 shards: use ZeRO-2, or set 0")
-    follower = MovingReference(frozen, policy, settings.ema if settings.ema > 0 else 1.0, settings.reset_steps)
+    decay = settings.ema if settings.ema > 0 else 1.0
+    follower = MovingReference(frozen, placed, policy=policy, decay=decay, every_steps=settings.reset_steps)
     follower.refuse_strangers()
     return follower
+
+
+def placement(asked: str) -> Placement:
+    """Where a frozen model lies; ``auto`` is whole on every process."""
+    return "replicate" if asked == "auto" else cast(Placement, asked)
 
 
 def layout(recipe: Recipe, policy: ScoredModel, reference: Reference) -> Layout:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,13 +28,16 @@ from rlhf.programs.passes import passes_of
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
 from rlhf.rewards.combine import RewardSet
-from rlhf.rewards.model import RewardModel
+from rlhf.rewards.model import RewardModel, short_name
 from rlhf.rollout import Prompt
 from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import PolicyForward
+from rlhf.sampling.ahead import AheadSampler
+from rlhf.sampling.engine import Engine, EngineSampler, Shared
 from rlhf.sampling.hf import HFSampler
-from rlhf.sampling.vllm import Engine, InProcess, VLLMSampler
+from rlhf.sampling.vllm import InProcess, Start
+from rlhf.sampling.vllm_server import Server
 
 
 def objective(recipe: Recipe) -> PolicyObjective:
@@ -62,33 +67,26 @@ def sampler(
 ) -> Sampler:
     """k completions a prompt, decoded by the policy itself or by ``engine``, which several samplers may share."""
     inner: Any = distributed.unwrap(wrapped).causal_lm
-    settings, stops = recipe.rollout, stop_ids(tokenizer, inner.generation_config)
+    settings = recipe.rollout
+    same: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "samples_per_prompt": k,
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": temperature,
+        "stop": settings.stop,
+        "stop_ids": stop_ids(tokenizer, inner.generation_config),
+        "seed": recipe.run.seed,
+        "compute_dtype": models.compute_dtype(recipe),
+        "gather": lambda _: runtime.decoding(wrapped),
+    }
     if engine is not None:
-        return VLLMSampler(
-            engine=engine,
-            tokenizer=tokenizer,
-            samples_per_prompt=k,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=temperature,
-            stop=settings.stop,
-            stop_ids=stops,
-            seed=recipe.run.seed,
-            compute_dtype=models.compute_dtype(recipe),
-        )
+        return EngineSampler(engine=engine, **same)
     width = recipe.data.max_prompt_tokens + settings.max_new_tokens
     return HFSampler(
-        tokenizer=tokenizer,
-        samples_per_prompt=k,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=temperature,
-        stop=settings.stop,
-        stop_ids=stops,
-        seed=recipe.run.seed,
         microbatch_rows=max(k, min(512, 4 * recipe.batch.microbatch_tokens // width)),
         plain=settings.decode == "generate",
         kv_bytes=int(settings.kv_cache_gib * 2**30),
-        compute_dtype=models.compute_dtype(recipe),
-        gather=lambda _: runtime.decoding(wrapped),
+        **same,
     )
 
 
@@ -97,17 +95,38 @@ def engine(recipe: Recipe, runtime: Runtime, tokenizer: Any) -> Engine | None:
     settings = recipe.rollout
     if settings.engine == "hf":
         return None
+    if settings.url is not None:
+        return Shared(_server(recipe, settings.url), runtime)
     if runtime.world_size > 1:
         raise UserError(
-            f"rollout.engine=vllm decodes in the process that trains, and there are {runtime.world_size}; launch one "
-            "process, or set rollout.engine=hf"
+            f"rollout.engine=vllm decodes in the process that trains, and there are {runtime.world_size}; start "
+            "`rlhf serve-policy` and set rollout.url, launch one process, or set rollout.engine=hf"
         )
     return InProcess(
+        start=vllm_start(recipe),
+        tokenizer=tokenizer if settings.stop else None,
+        sleeps=settings.sleep and torch.cuda.is_available(),
+    )
+
+
+def vllm_start(recipe: Recipe) -> Start:
+    """How vLLM is started for this recipe, here or as a server."""
+    settings = recipe.rollout
+    return Start(
         tokens=recipe.data.max_prompt_tokens + settings.max_new_tokens,
         dtype=models.compute_dtype(recipe),
-        tokenizer=tokenizer if settings.stop else None,
         memory_fraction=settings.gpu_fraction,
         kv_bytes=int(settings.kv_cache_gib * 2**30),
+    )
+
+
+def _server(recipe: Recipe, url: str) -> Engine:
+    settings = recipe.rollout
+    return Server(
+        url=url.rstrip("/"),
+        folder=Path(settings.push_folder) if settings.push_folder else recipe.output_dir / "pushed",
+        dtype=models.compute_dtype(recipe),
+        token=os.environ[settings.token_env] if settings.token_env else None,
     )
 
 
@@ -157,15 +176,26 @@ def build(recipe: Recipe, session: Session) -> Job:
     anchor: Reference | None = models.reference(recipe, policy, runtime)
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
     anchor = anchor or AdapterOffReference(wrapped, policy)
+    _say_where_frozen_models_lie(recipe, session)
     if isinstance(anchor, MovingReference):
         session.kept["reference"] = anchor.moving()
     settings, layout = recipe.rollout, models.layout(recipe, policy, anchor)
     decoder = engine(recipe, runtime, tokenizer)
     k, temperature = settings.samples_per_prompt, settings.temperature
+    stream = streams.ShuffledPrompts(
+        prompts=train_prompts,
+        per_step=recipe.batch.prompts_per_step,
+        seed=recipe.run.seed,
+        rank=runtime.rank,
+        ranks=runtime.world_size,
+    )
+    draw = sampler(recipe, runtime, tokenizer, wrapped, k, temperature, decoder)
+    if settings.ahead:
+        draw = AheadSampler(sampler=cast(EngineSampler, draw), prompts_of=stream.at, steps=steps)
     run = program.PolicyRun(
         session=session,
         model=wrapped,
-        sampler=sampler(recipe, runtime, tokenizer, wrapped, k, temperature, decoder),
+        sampler=draw,
         rewards=scores,
         reference=anchor,
         objective=goal,
@@ -180,9 +210,7 @@ def build(recipe: Recipe, session: Session) -> Job:
             steps * passes_of(goal).updates,
             layout,
         ),
-        prompts=streams.ShuffledPrompts(
-            prompts=train_prompts, per_step=recipe.batch.prompts_per_step, seed=recipe.run.seed, own=own
-        ),
+        prompts=stream,
         instruction=_instruction(recipe, runtime, anchor, layout, mixed),
         evaluation=evaluation(recipe, session, tokenizer, wrapped, anchor, judges, held_out, steps, decoder),
         steps=steps,
@@ -200,6 +228,19 @@ def _minibatches_have_prompts(goal: PolicyObjective, own: slice) -> None:
             f"ppo.minibatches={wanted}, and a process has {prompts} of the step's prompts: a minibatch would be empty; "
             f"set ppo.minibatches={prompts}, or raise batch.prompts_per_step"
         )
+
+
+def _say_where_frozen_models_lie(recipe: Recipe, session: Session) -> None:
+    """Those that are not whole on every process."""
+    asked = [("reference", recipe.reference.placement)]
+    asked += [
+        (f"reward model {short_name(entry.path)}", entry.placement) for entry in recipe.reward.models if entry.path
+    ]
+    for name, how in asked:
+        if how == "zero3" and session.runtime.world_size > 1:
+            session.note(f"{name}: in shares over {session.runtime.world_size} processes (ZeRO-3)")
+        if how == "offload" and session.runtime.device.type != "cpu":
+            session.note(f"{name}: in host memory while it is idle")
 
 
 def _say_where_the_judge_is_the_smaller(session: Session, rewards: RewardSet, policy: torch.nn.Module) -> None:

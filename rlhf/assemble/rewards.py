@@ -20,7 +20,10 @@ def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
     overlong = settings.overlong
     return RewardSet(
         models=[
-            (reward_model(recipe, runtime, cast(str, entry.path), entry.microbatch_tokens), entry.weight)
+            (
+                reward_model(recipe, runtime, cast(str, entry.path), entry.microbatch_tokens, entry.placement),
+                entry.weight,
+            )
             for entry in settings.models
         ],
         functions=[reward_function(entry.call, entry.weight, steps=steps) for entry in settings.functions],
@@ -38,13 +41,17 @@ def with_judges(recipe: Recipe, runtime: Runtime, trained: RewardSet, *, steps: 
     return replace(trained, models=[*trained.models, *judges], functions=[*trained.functions, *functions])
 
 
-def reward_model(recipe: Recipe, runtime: Runtime, path: str, microbatch_tokens: int | None) -> RewardModel:
+def reward_model(
+    recipe: Recipe, runtime: Runtime, path: str, microbatch_tokens: int | None, placement: str = "auto"
+) -> RewardModel:
     """One frozen reward model."""
     return load_reward_model(
         path,
         device=runtime.device,
         compute_dtype=models.compute_dtype(recipe),
         microbatch_tokens=microbatch_tokens or recipe.batch.microbatch_tokens,
+        placement=models.placement(placement),
+        collective=runtime,
     )
 
 

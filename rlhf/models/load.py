@@ -153,6 +153,26 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
+def configuration(model: nn.Module) -> Any:
+    """The config from which another program builds this model (below its adapter)."""
+    base: Any = base_model(model)
+    config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__]
+    return config
+
+
+def weightless_causal_lm(path: str) -> nn.Module:
+    """The causal LM that ``load_causal_lm`` gives for ``path``, on the meta device: shapes and no weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(_base_of_adapter(path) or path)
+        with torch.device("meta"):
+            return cast(nn.Module, AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise UserError(f"policy.path={path}: no causal language model could be read ({_first_line(error)})") from error
+
+
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights with the adapter added (W + α/r·BA), under the names they have without one.
 

@@ -134,6 +134,16 @@ def build_causal_lm(config: PreTrainedConfig, seed: int, stop_ids: Sequence[int]
 
     The caller's random state is left as it was. ``generation_config`` stops on every id in ``stop_ids``.
     """
+    model = empty_causal_lm(config)
+    _draw_weights(model, config, seed)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id, eos_token_id=list(stop_ids)
+    )
+    return model
+
+
+def empty_causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
+    """The same model with weights of no meaning."""
     import transformers as hf
 
     classes: dict[str, Any] = {
@@ -142,12 +152,7 @@ def build_causal_lm(config: PreTrainedConfig, seed: int, stop_ids: Sequence[int]
         "gemma3_text": hf.Gemma3ForCausalLM,
         "gemma4_text": hf.Gemma4ForCausalLM,
     }
-    model = _construct(classes[config.model_type], config)
-    _draw_weights(model, config, seed)
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id, eos_token_id=list(stop_ids)
-    )
-    return model
+    return _construct(classes[config.model_type], config)
 
 
 def build_reward_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

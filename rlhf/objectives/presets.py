@@ -57,6 +57,7 @@ _REINFORCE = _keys(
     *("reinforce.baseline", "reinforce.divide_by", "reinforce.average", "reinforce.skip_zero_variance"),
     *("reinforce.updates_per_rollout", "reinforce.importance_cap", "reinforce.importance"),
     mismatch_cap="rollout.correction",
+    stale="rollout.ahead",
 )
 _PPO = _keys(
     *("kl.beta", "kl.target", "rollout.temperature", "value.warmup_steps"),

@@ -53,6 +53,7 @@ class Reinforce:
     updates_per_rollout: more than one makes later updates off-policy; rows are then weighted by the ratio of whole
     completions, at most importance_cap (``mask``: 0 beyond it), with advantages and KL from the current policy and the
     baseline kept.
+    stale: completions are of an older policy, which gave them ``old_logprobs``: the first update weighs them too.
     mismatch_cap: largest weight of a token for what its sampler computed otherwise (``maths.losses.mismatch_weights``).
     skip_zero_variance: groups whose rewards are all equal leave the step (Yu et al. 2025, §3.2, without sampling anew);
     with a KL penalty that biases it toward prompts whose completions differ.
@@ -72,6 +73,7 @@ class Reinforce:
     importance_cap: float = 5.0
     importance: Literal["truncate", "mask"] = "truncate"
     mismatch_cap: float | None = None
+    stale: bool = False
     name: str = "reinforce"
     unit: Unit = "group"
 
@@ -87,7 +89,7 @@ class Reinforce:
             needs.add("greedy")
         if self.baseline == "optimal_token":
             needs.add("score_norms")
-        if self.updates_per_rollout > 1:
+        if self._off_policy:
             needs.add("old_logprobs")
         return frozenset(needs)
 
@@ -100,6 +102,11 @@ class Reinforce:
     def penalizes_sequences(self) -> bool:
         """Whether the KL enters as one number a completion, so that the baseline acts on penalized rewards."""
         return self.estimator == "k1" and self.credit == "sequence"
+
+    @property
+    def _off_policy(self) -> bool:
+        """Whether an update sees completions of another policy than its own."""
+        return self.updates_per_rollout > 1 or self.stale
 
     @property
     def _penalizes_before_the_update(self) -> bool:
@@ -216,7 +223,7 @@ class Reinforce:
     def _weight(self, stats: TokenStats, batch: Rollout) -> Tensor | None:
         """[B]: the importance weight of each completion over its length, as far as the settings ask for them."""
         weight = None
-        if self.updates_per_rollout > 1:
+        if self._off_policy:
             weight, _ = self._importance(stats, batch)
         if self.average == "completion_tokens":
             even = torch.ones_like(stats.logprobs[:, 0]) if weight is None else weight
@@ -236,7 +243,7 @@ class Reinforce:
 
     def diagnostics(self, stats: TokenStats, batch: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
         """Share of completions whose importance weight was cut."""
-        if self.updates_per_rollout == 1:
+        if not self._off_policy:
             return {}
         return {"policy/importance_cut_rate": (self._importance(stats, batch)[1], batch.valid.sum())}
 

@@ -21,9 +21,11 @@ def fill(run: PolicyRun, rollout: Rollout, prompts: Sequence[Prompt], slots: Seq
     needs, temperature = run.objective.needs, run.objective.request.temperature
     if "reference" in needs:
         request = StatsRequest(temperature=temperature)
-        found = scored(run, rollout, lambda batch: run.reference.stats(run.layout(batch), request))
+        with run.reference.use():
+            found = scored(run, rollout, lambda batch: run.reference.stats(run.layout(batch), request))
         rollout = replace(rollout, ref_logprobs=found.logprobs)
-    if needs & {"old_logprobs", "score_norms", "values"}:
+    known = {"old_logprobs"} if rollout.old_logprobs is not None else set()  # where the sampler's policy is older
+    if (needs - known) & {"old_logprobs", "score_norms", "values"}:
         rollout = _of_policy(run, rollout)
     if "greedy" in needs:
         rollout = replace(rollout, greedy_rewards=_greedy_rewards(run, rollout, prompts, slots, step))
@@ -49,7 +51,7 @@ def _of_policy(run: PolicyRun, rollout: Rollout) -> Rollout:
     found = scored(run, rollout, lambda batch: token_stats(run.model, run.layout(batch), request))
     return replace(
         rollout,
-        old_logprobs=found.logprobs,
+        old_logprobs=found.logprobs if rollout.old_logprobs is None else rollout.old_logprobs,
         score_norms=found.score_norms,
         values=found.values,
         entropy=found.entropy,

@@ -72,6 +72,7 @@ def metrics(
     means["optim/lr"] = rows[-1]["optim/lr"]
     if passes.updates > 1:
         means["optim/updates"] = float(len(updates))
+    if passes.updates > 1 or getattr(objective, "stale", False):
         means["policy/effective_sample_share"] = _effective_share(updates[-passes.minibatches :], collective)
     tell = getattr(objective, "diagnostics", None)
     told = [tell(each.report.stats[0], each.part) for each in updates] if tell is not None else [{}]

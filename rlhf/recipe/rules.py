@@ -5,6 +5,7 @@ A rule looks only at what the objective reads: sections of other objectives may 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import reduce
 from importlib.util import find_spec
@@ -161,8 +162,19 @@ def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
             ("reference", moves),
             "moves an adapter, and reference.path has another base below it; remove one of the two",
         )
-    if recipe.reference.placement not in ("auto", "replicate"):
-        yield Problem(("reference", "placement"), f"{recipe.reference.placement} is not in this version; set auto")
+    placement = recipe.reference.placement
+    if placement == "quantized":
+        yield Problem(("reference", "placement"), f"{placement} is not in this version; set auto")
+    if placement in ("zero3", "offload") and moves is not None:
+        yield Problem(
+            ("reference", "placement"), f"a reference that moves ({moves}) is whole on every process; set auto"
+        )
+    whole = recipe.kl.estimator == "exact" or (recipe.kl.loss_beta > 0 and recipe.kl.loss_estimator == "exact_local")
+    if placement in ("zero3", "offload") and whole and on_policy(recipe):
+        yield Problem(
+            ("reference", "placement"),
+            "the exact KL reads the reference in the update too; set auto, or kl.estimator=k1",
+        )
 
 
 # The reward
@@ -197,7 +209,7 @@ def reward_models_are_reachable(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((*here, "url"), "reward servers are not in this version; use path")
         elif model.token_env is not None:
             yield Problem((*here, "token_env"), "only a server asks for a token; remove it")
-        if model.placement not in ("auto", "replicate"):
+        if model.placement == "quantized":
             yield Problem((*here, "placement"), f"{model.placement} is not in this version; set auto")
 
 
@@ -340,8 +352,30 @@ def instruction_term_needs_rows(recipe: Recipe) -> Iterator[Problem]:
 
 @rule
 def completions_are_decoded_here(recipe: Recipe) -> Iterator[Problem]:
-    if on_policy(recipe) and recipe.rollout.engine == "vllm" and find_spec("vllm") is None:
+    settings = recipe.rollout
+    if on_policy(recipe) and settings.engine == "vllm" and settings.url is None and find_spec("vllm") is None:
         yield Problem(("rollout", "engine"), "vllm is not installed; `pip install 'rlhf[vllm]'`, or set hf")
+
+
+@rule
+def a_server_is_vllm(recipe: Recipe) -> Iterator[Problem]:
+    settings = recipe.rollout
+    if settings.url is not None and settings.engine != "vllm":
+        yield Problem(("rollout", "url"), "a server decodes for engine=vllm alone; set rollout.engine=vllm, or null")
+    if settings.token_env is not None and settings.url is not None and settings.token_env not in os.environ:
+        yield Problem(("rollout", "token_env"), f"{settings.token_env} is not set; export it with the server's token")
+
+
+@rule
+def decoding_ahead_needs_somebody_else_who_decodes(recipe: Recipe) -> Iterator[Problem]:
+    if not (on_policy(recipe) and recipe.rollout.ahead):
+        return
+    if recipe.rollout.url is None:
+        yield Problem(
+            ("rollout", "ahead"), "nothing decodes beside the trainer; start `rlhf serve-policy` and set rollout.url"
+        )
+    if preset(recipe.objective).trust_region:
+        yield Problem(("rollout", "ahead"), "a trust region is one around the policy that sampled; set false")
 
 
 @rule

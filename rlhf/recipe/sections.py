@@ -16,6 +16,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Placement = Literal["auto", "replicate", "zero3", "offload", "quantized"]
+PLACEMENT = "auto: whole on every process; zero3: sharded over them; offload: in host memory while it is idle (GPU)."
 Baseline = Literal[
     "none",
     "moving_average",
@@ -146,7 +147,7 @@ class Reference(Section):
     reset_steps: Count | None = Field(
         default=None, description="Every so many steps it becomes the policy as it is then; null = never."
     )
-    placement: Placement = Field(default="auto", description="Where its weights lie.")
+    placement: Placement = Field(default="auto", description=PLACEMENT)
 
 
 class Value(Section):
@@ -176,7 +177,7 @@ class RewardModel(Section):
         description="Name of the environment variable with its token.",
     )
     weight: float = Field(default=1.0, description="Share in `combine`; 0 = logged, not trained on.")
-    placement: Placement = Field(default="auto", description="Where its weights lie.")
+    placement: Placement = Field(default="auto", description=PLACEMENT)
     microbatch_tokens: Count | None = Field(
         default=None, description="Tokens of one forward; null = `batch.microbatch_tokens`."
     )
@@ -275,11 +276,29 @@ class RolloutSettings(Section):
     gpu_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.4, description="Of the GPU's memory, for vLLM's weights, keys and values."
     )
+    sleep: bool = Field(default=True, description="On a GPU, vLLM in this process gives its memory back in between.")
+    url: str | None = Field(
+        default=None, pattern=r"^https?://\S+$", description="Where `rlhf serve-policy` serves; null = in this process."
+    )
+    token_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Name of the environment variable with that server's token.",
+    )
+    push_folder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Weights go to the server through files here, seen by both; null = `pushed` in the run directory.",
+    )
+    ahead: bool = Field(
+        default=False,
+        description="The server decodes the next step while this one is trained on: completions one update old.",
+    )
 
     @property
     def correction(self) -> float | None:
-        """``mismatch_cap`` where another program decodes."""
-        return self.mismatch_cap if self.engine == "vllm" else None
+        """``mismatch_cap`` where another program decodes; whole completions are weighed where they are old besides."""
+        return self.mismatch_cap if self.engine == "vllm" and not self.ahead else None
 
 
 class Kl(Section):

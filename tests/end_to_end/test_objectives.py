@@ -39,6 +39,7 @@ VALUES: dict[str, Any] = {
     **{"ppo.gae_lambda": 0.91, "ppo.epochs": 3, "ppo.minibatches": 4, "ppo.stop_kl": 0.37, "ppo.whiten_rewards": True},
     **{"ppo.whiten_advantages": True, "dpo.loss": "ipo", "dpo.labels": "hard", "dpo.beta": 0.41},
     **{"dpo.label_smoothing": 0.13, "simpo.beta": 2.3, "simpo.margin": 0.7, "rollout.correction": 1.7},
+    "rollout.ahead": False,  # with it there is no correction; below
 }
 # What follows from other keys, and those.
 DERIVED = {"rollout.correction": {"engine": "vllm", "mismatch_cap": 1.7}}
@@ -59,6 +60,9 @@ def test_every_field_of_every_objective_is_filled(recipe: str) -> None:
         for field, names in entry.settings.items():
             assert getattr(made, field) == entry.pins.get(names[0], VALUES[names[0]]), (name, field)
     assert objective(plain).mismatch_cap is None  # type: ignore[attr-defined]  # the policy itself decodes
+    server = ["rollout.engine=vllm", "rollout.url=http://127.0.0.1:8000", "rollout.ahead=true"]
+    ahead: Any = objective(load_recipe(recipe, server))
+    assert ahead.stale and ahead.mismatch_cap is None
     assert objective(load_recipe(recipe, ["objective=dpo", "kl.beta=0.3"])).beta == 0.3  # type: ignore[attr-defined]
 
 

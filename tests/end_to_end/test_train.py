@@ -20,6 +20,7 @@ from rlhf.errors import ExitCode, UserError
 from rlhf.objectives.reinforce import Reinforce
 from rlhf.recipe import load_recipe, sections
 from tests.end_to_end.runs import LORA, RECIPE, SCRATCH, Run, assert_sound, train
+from tests.sampling.engines import TOKEN, Copy, served
 
 BASELINES = [name for name in get_args(sections.Baseline) if name != "value"]
 LOSSES = list(get_args(sections.Kl.model_fields["loss_estimator"].annotation))
@@ -211,3 +212,21 @@ def test_several_updates_of_one_rollout(recipe: str, sft: Path) -> None:
     assert all(0 < share < 1 for share in shares)  # the policy has left the one that sampled
     state = json.loads((sorted((run.path / "checkpoints").iterdir())[-1] / "state.json").read_text())
     assert state["train"]["optimizer_step"] == 6
+
+
+@pytest.mark.parametrize("objective", ["reinforce", "ppo"])
+def test_a_server_decodes_a_step_ahead(recipe: str, sft: Path, objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four pushes for three steps (the first one twice) and an evaluation; weights of completions show from step 2."""
+    monkeypatch.setenv("POLICY_TOKEN", TOKEN)
+    engine = Copy(lm=AutoModelForCausalLM.from_pretrained(sft).eval())
+    with served(engine) as url:
+        where = ("rollout.engine=vllm", f"rollout.url={url}", "rollout.token_env=POLICY_TOKEN", "rollout.ahead=true")
+        code = rlhf.train(recipe, f"objective={objective}", "run.steps=3", *where)
+    assert code == ExitCode.DONE
+    run = Run(Path("runs") / f"tiny-{objective}")
+    assert [entry for entry in engine.log if entry == "push"] == ["push"] * 4
+    assert list((run.path / "pushed").iterdir()) == []
+    shares = [row["policy/effective_sample_share"] for row in run.metrics]
+    assert all(0 < share <= 1.0001 for share in shares)
+    if objective == "reinforce":  # ppo's are of its last epoch, which has moved away from any rollout
+        assert shares[0] == pytest.approx(1.0, abs=1e-5) and shares[1] < 0.999

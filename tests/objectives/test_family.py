@@ -146,6 +146,16 @@ def test_the_first_update_is_that_of_a_single_one() -> None:
     assert multipliers(once, hand_made()) == multipliers(twice, hand_made(old_logprobs=KL - 5))
 
 
+def test_completions_of_an_older_policy_are_weighted_in_their_only_update() -> None:
+    ratios = [2.0, 0.25, 1, 8, 1]
+    old = (KL - 5).clone()
+    old[:, 0] -= torch.tensor([log(ratio) for ratio in ratios])
+    objective = Reinforce(beta=0.0, baseline="group_mean", stale=True)
+    assert "old_logprobs" in objective.needs and objective.passes == Passes()
+    again = Reinforce(beta=0.0, baseline="group_mean", updates_per_rollout=2)
+    assert multipliers(objective, hand_made(old_logprobs=old)) == multipliers(again, hand_made(old_logprobs=old))
+
+
 def test_every_row_is_in_one_minibatch_of_an_epoch_with_its_group() -> None:
     rollout = hand_made()
     found = [part for e in range(3) for part in passes.parts(rollout, Passes(epochs=3, minibatches=2), 7, 4, e)]

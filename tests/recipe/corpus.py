@@ -208,10 +208,35 @@ MEANING: dict[str, Broken] = {
     "reward neither path nor url": b(recipe(reward="reward: {models: [{weight: 1}]}"), "neither path nor url", line=4),
     "reward server": b(recipe(reward="reward: {models: [{url: 'http://h:1'}]}"), "servers are not in this version"),
     "sharded reward model": b(
-        recipe(reward="reward: {models: [{path: model, placement: zero3}]}"), "zero3 is not in this version", line=4
+        recipe(reward="reward: {models: [{path: model, placement: quantized}]}"),
+        "quantized is not in this version",
+        line=4,
+    ),
+    "a reference in shares that moves": b(
+        recipe(reference="reference: {ema: 0.9, placement: zero3}"), "a reference that moves", line=6
+    ),
+    "a reference in shares read by the update": b(
+        recipe(reference="reference: {placement: zero3}", kl="kl: {estimator: exact}"),
+        "the exact KL reads the reference in the update too",
+        line=6,
     ),
     "moving reference of pairs": b(
         recipe(objective="objective: dpo", reference="reference: {ema: 0.99}"), "reference, which stands still", line=6
+    ),
+    "a server of another engine": b(
+        recipe(rollout="rollout: {url: 'http://127.0.0.1:8000'}"), "a server decodes for engine=vllm alone", line=6
+    ),
+    "a server's token that nobody set": b(
+        recipe(rollout="rollout: {engine: vllm, url: 'http://127.0.0.1:8000', token_env: NOT_SET_ANYWHERE}"),
+        "NOT_SET_ANYWHERE is not set",
+        line=6,
+    ),
+    "a step ahead of itself": b(recipe(rollout="rollout: {ahead: true}"), "nothing decodes beside the trainer", line=6),
+    "a trust region around another policy": b(
+        recipe(
+            objective="objective: trpo", rollout="rollout: {engine: vllm, url: 'http://127.0.0.1:8000', ahead: true}"
+        ),
+        "one around the policy that sampled",
     ),
     "other engine": b(recipe(rollout="rollout: {engine: vllm}"), "rollout.engine: vllm is not installed", line=6),
     "pushing": b(recipe(checkpoint="checkpoint: {hub_id: a/b}"), "pushing is not in this version", line=6),

@@ -2,61 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.models.load import LoraSpec, add_lora
 from rlhf.models.policy import ScoredModel
 from rlhf.rollout import Prompt
+from rlhf.sampling.ahead import AheadSampler
 from rlhf.sampling.completions import Completion, Ends
-from rlhf.sampling.vllm import Request, VLLMSampler
+from rlhf.sampling.engine import EngineSampler, Request, Shared
+from tests.sampling.engines import Copy
 from tests.sampling.test_hf import TOKENIZER
 from tests.support import tiny_lm
 
 PROMPTS = [Prompt(row_id=index, text=text) for index, text in enumerate(("a b", "c d e", "f"))]
 
 
-@dataclass
-class Copy:
-    """Decodes with its own copy of the weights, and takes no more pushes than ``deaf_after``."""
-
-    deaf_after: int | None = None
-    pushes: list[dict[str, Tensor]] = field(default_factory=list)
-    asked: list[Request] = field(default_factory=list)
-    lm: Any = field(default_factory=lambda: tiny_lm(9).eval())
-
-    def push(self, config: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self.pushes.append({name: value.clone() for name, value in weights})
-        if self.deaf_after is None or len(self.pushes) <= self.deaf_after:
-            self.lm.load_state_dict(self.pushes[-1])
-
-    @torch.no_grad()
-    def decode(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> list[Completion]:
-        self.asked += requests
-        found = []
-        for request in requests:
-            ids, logprobs = list(request.prompt_ids), []
-            generator = torch.Generator().manual_seed(request.seed or 0)
-            for _ in range(max_new_tokens):
-                logits = self.lm(torch.tensor([ids])).logits[0, -1].float()
-                known = (logits / (request.temperature or 1.0)).log_softmax(-1)
-                choice = (
-                    torch.multinomial(known.exp(), 1, generator=generator) if request.temperature else known.argmax()
-                )
-                ids.append(int(choice))
-                logprobs.append(float(known[ids[-1]]))
-            found.append(Completion(ids[-max_new_tokens:], torch.tensor(logprobs), False))
-        return found
-
-
-def sampler(engine: Copy) -> VLLMSampler:
-    return VLLMSampler(
+def sampler(engine: Copy) -> EngineSampler:
+    return EngineSampler(
         engine=engine, tokenizer=TOKENIZER, samples_per_prompt=2, max_new_tokens=4, temperature=0.7, seed=3
     )
 
@@ -107,3 +75,101 @@ def test_it_leaves_the_policy_as_it_was() -> None:
     sampler(Copy()).sample(scored.causal_lm, PROMPTS, [0, 1, 2], 1)
     assert scored.head.fused and all(module.training for module in scored.causal_lm.modules())
     assert all(torch.equal(before[name], value) for name, value in scored.state_dict().items())
+
+
+# --- one step ahead --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_ahead_is_decoded_with_the_weights_before_the_update() -> None:
+    """Step t's update is × 1.1: the completions of step t + 1 are those of a policy without it."""
+    engine, policy = Copy(), ScoredModel(tiny_lm(0)).causal_lm
+    draw = AheadSampler(sampler=sampler(engine), prompts_of=lambda step: (PROMPTS, [0, 1, 2]), steps=3)
+    found, expected = [], []
+    for step in (1, 2, 3):
+        expected.append(sampler(Copy()).sample(policy, PROMPTS, [0, 1, 2], step + 1))
+        found.append(draw.sample(policy, PROMPTS, [0, 1, 2], step))
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.mul_(1.1)
+    first = sampler(Copy()).sample(ScoredModel(tiny_lm(0)).causal_lm, PROMPTS, [0, 1, 2], 1)
+    assert found[0].completion_ids.tolist() == first.completion_ids.tolist()
+    for late, old in zip(found[1:], expected, strict=False):
+        assert late.completion_ids.tolist() == old.completion_ids.tolist()
+        assert late.old_logprobs is not None and torch.equal(late.old_logprobs, old.rollout_logprobs)
+    # the first, before it was there; the second and third, each after a look at three rows; nothing after the last
+    assert engine.log == ["push", *3 * ["push", "begin 3", "begin 6"]]
+
+
+def test_weights_that_did_not_arrive_are_found_out_before_the_update() -> None:
+    engine, policy = Copy(deaf_after=2), ScoredModel(tiny_lm(0)).causal_lm
+    draw = AheadSampler(sampler=sampler(engine), prompts_of=lambda step: (PROMPTS, [0, 1, 2]), steps=3)
+    draw.sample(policy, PROMPTS, [0, 1, 2], 1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(parameter.flip(0))
+    with pytest.raises(UserError, match="the weights did not arrive"):
+        draw.sample(policy, PROMPTS, [0, 1, 2], 2)
+
+
+# --- one engine for several processes --------------------------------------------------------------------------------
+
+
+@dataclass
+class Rank:
+    """A process of a job whose processes are threads."""
+
+    rank: int
+    board: dict[int, Any]
+    met: threading.Barrier
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        self.board[self.rank] = value
+        self.met.wait(10)
+        found = [self.board[rank] for rank in range(self.met.parties)]
+        self.met.wait(10)
+        return found
+
+
+def on_two(engine: Copy, act: Any) -> list[Any]:
+    """``act(Shared, rank)`` on both ranks: what it returned, or the UserError it raised."""
+    board: dict[int, Any] = {}
+    met, results = threading.Barrier(2), [None, None]
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = act(Shared(engine, Rank(rank, board, met)), rank)
+        except UserError as error:
+            results[rank] = error  # type: ignore[call-overload]
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_every_process_gets_its_own_rows_from_the_one_engine() -> None:
+    engine, weights = Copy(), tiny_lm(0).state_dict()
+    rows = [[Request([5, 6], 1.0, 1), Request([7], 1.0, 2)], [Request([8], 1.0, 3)]]
+
+    def act(shared: Shared, rank: int) -> list[Completion]:
+        shared.push(None, weights.items())
+        return shared.begin(rows[rank], 3, Ends(TOKENIZER))()
+
+    first, second = on_two(engine, act)
+    assert engine.log == ["push", "begin 3"]
+    alone = Copy(lm=tiny_lm(0).eval())
+    assert [row.ids for row in (*first, *second)] == [alone.decode(row, 3).ids for part in rows for row in part]
+
+
+def test_what_the_engine_refuses_ends_every_process() -> None:
+    @dataclass
+    class Refuses(Copy):
+        texts: list[str] = field(default_factory=lambda: ["no room"])
+
+        def begin(self, *args: Any) -> Any:
+            raise UserError(self.texts[0])
+
+    both = on_two(Refuses(), lambda shared, rank: shared.begin([Request([5], 1.0, 1)], 3, Ends(TOKENIZER))())
+    assert [str(error) for error in both] == ["no room", "no room"]

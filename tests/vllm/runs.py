@@ -42,17 +42,17 @@ class Learned:
     gap: float
 
 
-def both_engines(folder: Path) -> tuple[Learned, Learned]:
+def prepare(folder: Path) -> None:
+    """A policy to start from, and ``recipe.yaml``."""
     config = build_config("gemma", layers=2, hidden_size=64, heads=2, vocab_size=len(TOKENIZER))
     build_causal_lm(config, seed=3).save_pretrained(folder / "start")
     TOKENIZER.save_pretrained(folder / "start")
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    return _learned(folder, "hf"), _learned(folder, "vllm")
 
 
-def _learned(folder: Path, engine: str) -> Learned:
-    out = folder / engine
-    assert rlhf.train("recipe.yaml", f"rollout.engine={engine}", f"run.output_dir={out}") == ExitCode.DONE
+def learned(out: Path, *overrides: str) -> Learned:
+    """A run of the recipe in this folder."""
+    assert rlhf.train("recipe.yaml", f"run.output_dir={out}", *overrides) == ExitCode.DONE
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if "policy/loss" in row]
     gain = steps[-1]["reward/score_mean"] - steps[0]["reward/score_mean"]

@@ -10,10 +10,11 @@ import torch
 
 from rlhf.models.policy import ScoredModel
 from rlhf.models.scratch import STOP_IDS, build_causal_lm, build_config
+from rlhf.sampling.engine import EngineSampler
 from rlhf.sampling.hf import HFSampler
-from rlhf.sampling.vllm import InProcess, VLLMSampler
+from rlhf.sampling.vllm import InProcess, Start
 from tests.sampling.test_hf import PROMPTS, TOKENIZER
-from tests.vllm.runs import both_engines
+from tests.vllm.runs import learned, prepare
 
 pytest.importorskip("vllm")
 SLOTS = [0, 1, 2, 3]
@@ -33,14 +34,14 @@ def policy(seed: int) -> Any:
 
 @pytest.fixture(scope="module")
 def engine() -> InProcess:
-    return InProcess(tokenizer=TOKENIZER, tokens=96, dtype=torch.float32, kv_bytes=2**30)
+    return InProcess(start=Start(tokens=96, dtype=torch.float32, kv_bytes=2**30), tokenizer=TOKENIZER)
 
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": AT, "stop_ids": STOP_IDS, "seed": 7}
 
 
-def sampler(engine: InProcess, k: int = 4, **changes: Any) -> VLLMSampler:
-    return VLLMSampler(engine=engine, tokenizer=TOKENIZER, samples_per_prompt=k, **{**SETTINGS, **changes})
+def sampler(engine: InProcess, k: int = 4, **changes: Any) -> EngineSampler:
+    return EngineSampler(engine=engine, tokenizer=TOKENIZER, samples_per_prompt=k, **{**SETTINGS, **changes})
 
 
 def plain(**changes: Any) -> HFSampler:
@@ -105,7 +106,8 @@ def test_frequencies_are_those_of_the_policy(engine: InProcess) -> None:
 
 def test_five_steps_learn_like_those_of_our_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    hf, vllm = both_engines(tmp_path)
+    prepare(tmp_path)
+    hf, vllm = learned(tmp_path / "hf"), learned(tmp_path / "vllm", "rollout.engine=vllm")
     assert vllm.gap < 1e-4  # nats a token, fp32
     assert hf.gain > 0.1 and vllm.gain > 0.1
     assert abs(hf.gain - vllm.gain) < 0.5 * hf.gain  # other random numbers: the same size, not the same figure
