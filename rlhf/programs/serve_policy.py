@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
 from typing import Any
 
 from rlhf.assemble import models
@@ -28,11 +30,18 @@ def serve(recipe: Recipe, host: str, port: int, more: Sequence[str]) -> int:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         where = ["--host", host, "--port", str(port)]
-        command = [*_VLLM, folder, "--served-model-name", MODEL, *where, *options(start.arguments()), *more]
+        command = [*_vllm(), folder, "--served-model-name", MODEL, *where, *options(start.arguments()), *more]
         return _run(command, {**start.environment(), **os.environ, **_opened(recipe)})
 
 
-_VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+def _vllm() -> list[str]:
+    """``vllm serve``, which asks for the version of a package "vllm". Builds for CPUs have another name: they start
+    the older way."""
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 
 
 def options(arguments: Mapping[str, Any]) -> list[str]:
@@ -61,7 +70,6 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     process = subprocess.Popen(command, env=dict(environment))
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # it got the same one, and is on its way out
-            continue
+        with suppress(KeyboardInterrupt):  # it got the same one, and is on its way out
+            code = process.wait()
+            return code if code >= 0 else 128 - code  # killed by a signal, as shells say it

@@ -36,7 +36,6 @@ class Start:
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, self.kv_bytes // 2**30)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # whoever trains computes with the same threads
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
         }
 
     def arguments(self) -> dict[str, Any]:
@@ -97,7 +96,8 @@ class InProcess:
     @cached_property
     def _llm(self) -> Any:
         # weights are handed over as tensors, which needs one process
-        for name, value in {**self.start.environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+        here = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+        for name, value in {**self.start.environment(), **here}.items():
             os.environ.setdefault(name, value)
         with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:  # vLLM seeds torch's
             return self._start(folder)

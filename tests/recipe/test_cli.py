@@ -186,7 +186,18 @@ def test_a_signal_reaches_the_ranks_and_not_the_launcher(tmp_path: Path, monkeyp
 def test_accelerate_configurations_are_found_and_hold_no_hyper_parameter() -> None:
     import yaml
 
-    names = {"cpu", "cpu_2ranks", "cpu_2nodes", "cpu_zero2", "cpu_zero3", "single_gpu", "ddp", "zero1", "zero2", "zero3"}
+    names = {
+        "cpu",
+        "cpu_2ranks",
+        "cpu_2nodes",
+        "cpu_zero2",
+        "cpu_zero3",
+        "single_gpu",
+        "ddp",
+        "zero1",
+        "zero2",
+        "zero3",
+    }
     assert names | {"zero3_offload", "multi_node_zero3"} == set(shipped_accelerate_configs())
     by_path = accelerate_config_file("accelerate_configs/zero3.yaml")  # as in the README, from any folder
     assert accelerate_config_file("zero3").samefile(by_path)

@@ -43,14 +43,15 @@ def serving(folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "rlhf", "serve-policy", "recipe.yaml", "rollout.token_env=TOKEN", f"--port={port}"]
-    process = subprocess.Popen([*command, "rollout.kv_cache_gib=1"], cwd=folder, env={**os.environ, "TOKEN": TOKEN})
+    environment = {**os.environ, "TOKEN": TOKEN, "PYTHONPATH": str(Path(__file__).parents[2])}  # the recipe's reward
+    process = subprocess.Popen([*command, "rollout.kv_cache_gib=1"], cwd=folder, env=environment)
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as client:  # 0, .5, 1, 2 … 64 seconds apart
+        with httpx.Client(transport=httpx.HTTPTransport(retries=10)) as client:  # 0, .5, 1, 2 … 128 seconds apart
             assert client.get(f"http://127.0.0.1:{port}/health", timeout=120).status_code == 200
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        assert process.wait(60) in (0, -15, 143)
+        assert process.wait(60) in (0, 143)
 
 
 def test_after_an_update_its_greedy_text_is_ours(url: str, tmp_path: Path) -> None:
