@@ -36,10 +36,15 @@ def vowels(completions: list[list[dict[str, str]]], **columns: object) -> list[f
 
 @dataclass(frozen=True)
 class Learned:
-    """gain: reward of the last step over the first's. gap: largest ``policy/sampler_gap``."""
+    """rewards: of each step. gap: largest ``policy/sampler_gap``."""
 
-    gain: float
+    rewards: list[float]
     gap: float
+
+    @property
+    def gain(self) -> float:
+        """Of the last step over the first."""
+        return self.rewards[-1] - self.rewards[0]
 
 
 def prepare(folder: Path) -> None:
@@ -55,5 +60,5 @@ def learned(out: Path, *overrides: str) -> Learned:
     assert rlhf.train("recipe.yaml", f"run.output_dir={out}", *overrides) == ExitCode.DONE
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if "policy/loss" in row]
-    gain = steps[-1]["reward/score_mean"] - steps[0]["reward/score_mean"]
-    return Learned(gain, max(row["policy/sampler_gap"] for row in steps))
+    rewards = [row["reward/score_mean"] for row in steps]
+    return Learned(rewards, max(row["policy/sampler_gap"] for row in steps))

@@ -89,7 +89,9 @@ def test_five_steps_learn(url: str, folder: Path, ahead: bool, monkeypatch: pyte
     monkeypatch.setenv("TOKEN", TOKEN)
     server = ("rollout.engine=vllm", f"rollout.url={url}", "rollout.token_env=TOKEN", f"rollout.ahead={ahead}".lower())
     hf, vllm = learned(folder / f"hf-{ahead}"), learned(folder / f"vllm-{ahead}", *server)
-    assert hf.gain > 0.1 and vllm.gain > 0.1
+    print(hf, vllm)
     assert ahead or vllm.gap < 1e-4  # nats a token; a step ahead it holds what the update did
-    # other random numbers, and a step less of learning ahead: the same size, not the same figure
-    assert abs(hf.gain - vllm.gain) < 0.5 * hf.gain
+    # the last completions that are seen ahead come of a policy with one update less
+    expected = (hf.rewards[-2] if ahead else hf.rewards[-1]) - hf.rewards[0]
+    assert expected > 0.1
+    assert abs(expected - vllm.gain) < 0.5 * expected  # other random numbers: the same size, not the same figure
