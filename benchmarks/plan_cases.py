@@ -18,8 +18,8 @@ BUCKET = 1_000_000  # elements: DeepSpeed's default of 500 million would be all 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """policy, reward: what the models are made of (``build_config``). changes: dotted recipe keys. stage: of ZeRO on two
-    processes; None = one process."""
+    """policy, reward: what the models are made of (``build_config``). changes: dotted recipe keys. stage: of ZeRO on
+    two processes; None = one process."""
 
     policy: dict[str, Any]
     reward: dict[str, Any] | None

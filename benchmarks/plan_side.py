@@ -2,8 +2,8 @@
 
     python benchmarks/plan_side.py FOLDER
 
-FOLDER as `plan_cases.make` leaves it. The first rank writes `measured.json`: bytes of CPU tensors held at the beginning of
-the second step, and at its peak, as a whole and in each part.
+FOLDER as `plan_cases.make` leaves it. The first rank writes `measured.json`: bytes of CPU tensors held at the beginning
+of the second step, and at its peak, as a whole and in each part.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _part(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class Prompts:
-    """The stream of prompts; asked for the second step's, it begins to watch; asked for the third's, it ends the run."""
+    """The stream of prompts; asked for the second step's it begins to watch, asked for the third's it ends the run."""
 
     inner: Any
     folder: Path

@@ -74,7 +74,7 @@ def _reference(recipe: Recipe, policy: Shape, shapes: Shapes) -> Shape | None:
 
 
 def _critic(recipe: Recipe, policy: Shape, shapes: Shapes) -> Shape | None:
-    """The reward model's trunk where it has the policy's vocabulary, else the policy's. A shared one is a single row."""
+    """The reward model's trunk where it has the policy's vocabulary, else the policy's. A shared one is one row."""
     if not reads(recipe, "value") or is_dotted(recipe.objective) or recipe.value.shared:
         return None
     judge = recipe.reward.models[0].path if recipe.reward.models and recipe.value.init == "reward" else None

@@ -9,8 +9,8 @@ from rlhf.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """flops: dense bfloat16, a second. bandwidth: of its memory, bytes a second. link: to the other GPUs of its machine,
-    bytes a second one way. memory: bytes that a program finds. source: where the figures stand."""
+    """flops: dense bfloat16, a second. bandwidth: of its memory, bytes a second. link: to the other GPUs of its
+    machine, bytes a second one way. memory: bytes that a program finds. source: where the figures stand."""
 
     flops: float
     bandwidth: float
@@ -41,8 +41,8 @@ CARDS = {
         source="NVIDIA Ada architecture paper, RTX 4090",
     ),
 }
-# Assumed, not measured: of the dense peak in training and in forwards, of the memory's bandwidth in decoding, of the link;
-# and what Python and starting kernels take a layer and token, whatever the size (seconds).
+# Assumed, not measured: of the dense peak in training and in forwards, of the memory's bandwidth in decoding, of the
+# link; and what Python and starting kernels take a layer and token, whatever the size (seconds).
 TRAIN_MFU, FORWARD_MFU, DECODE_BANDWIDTH, LINK = 0.35, 0.45, 0.5, 0.6
 LAUNCH_SECONDS = 1.5e-4
 BETWEEN_NODES = 50e9  # bytes a second a GPU: one 400 Gbit/s port each

@@ -10,7 +10,7 @@ import yaml
 
 
 def known_config(name: str) -> Any | None:
-    """The transformers configuration of a public model (``google/gemma-2-9b-it``), or None where it is not in the table.
+    """The transformers configuration of a public model (``google/gemma-2-9b-it``); None where it is not in the table.
 
     Only the architecture: nothing of the tokenizer, of stop tokens or of weights.
     """

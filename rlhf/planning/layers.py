@@ -133,11 +133,11 @@ def activations(shape: Shape, regime: Regime, forward: Forward, how: Activations
 
 
 def copies(shape: Shape, regime: Regime, *, cached: bool) -> float:
-    """Weights in the type of the products, beside float32 ones, bytes. cached: all of them, as autocast keeps those that
-    are trained; else the largest matrix."""
+    """Weights in the type of the products, beside float32 ones, bytes. cached: all of them, as autocast keeps those
+    that are trained; else the largest matrix."""
     if not regime.copied:
         return 0.0
-    return regime.product * float(shape.trunk + shape.head if cached else max(shape.largest, 0))
+    return regime.product * float(shape.trunk + shape.head if cached else shape.largest)
 
 
 def passing(shape: Shape, regime: Regime, forward: Forward, tile: int) -> float:

@@ -208,8 +208,8 @@ def _update(setup: Setup, state: Held, base: float, forward: Forward, count: int
 
 
 def _head_gradient(setup: Setup) -> float:
-    """Of the output head's weight, which comes before all others: into the gradient itself with one process, else into a
-    buffer of its own that waits for the embedding's where the two are tied."""
+    """Of the output head's weight, which comes before all others: into the gradient itself with one process, else into
+    a buffer of its own that waits for the embedding's where the two are tied."""
     if setup.rank or setup.policy.scalar:
         return 0.0
     size = 2 if setup.placement.deepspeed and setup.low else 4

@@ -11,7 +11,7 @@ _SHOWN = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def parse_bytes(text: str) -> int:
-    """``80GiB`` → 80·2³⁰ bytes, ``80GB`` → 80·10⁹ bytes. Raises UserError for anything else than a number and a unit."""
+    """``80GiB`` → 80·2³⁰, ``80GB`` → 80·10⁹. Raises UserError for anything else than a number and a unit."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
         raise UserError(f"{text!r} is no amount of memory; write 80GiB (2³⁰ bytes each) or 80GB (10⁹)")

@@ -1,4 +1,4 @@
-"""Seconds of a step from operations and bytes: an order of magnitude, at full lengths and assumed shares of the peak."""
+"""Seconds of a step from operations and bytes: an order of magnitude, at full lengths and assumed shares of peaks."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def main(recipe: Recipe, folder: Path, options: Options, *, as_json: bool = Fals
 
 
 def plan_of(recipe: Recipe, options: Options, folder: Path, shapes: Shapes | None = None) -> Plan:
-    """The plan of a recipe on the machine of the options. Raises UserError for options and models that say too little."""
+    """The plan of a recipe on the machine of the options. Raises UserError where options or models say too little."""
     machine = options.machine()
     known = shapes or Shapes(folder, online=lambda: offline_reason(_hub_ids(recipe)) is None)
     processes = machine.gpus * machine.nodes

@@ -99,8 +99,8 @@ def _verdict(plan: Plan, change: Change | None) -> list[str]:
         lines.append(f"host memory: {shown(plan.host)} a node for what is taken off the GPUs")
     if not plan.setup.machine.cpu:
         lines.append(
-            f"assumed: {shown(CONTEXT)} of each GPU for CUDA, {FRAGMENTS:.0%} that the allocator cannot use; every row as "
-            "long as the recipe allows"
+            f"assumed: {shown(CONTEXT)} of each GPU for CUDA, {FRAGMENTS:.0%} that the allocator cannot use; every row "
+            "as long as the recipe allows"
         )
     return [*lines, *_time(plan)]
 
