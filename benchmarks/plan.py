@@ -4,8 +4,9 @@
     python benchmarks/plan.py --only reinforce "zero 2" --json    without recording
 
 Each configuration (plan_cases.py) runs two steps in processes of its own; the second one is watched: all CPU tensors
-alive at its beginning, and every allocation within it. Predicted and measured are the peaks of one process, whole and by
-part of the step; the update's part includes the optimizer step. Two processes run under DeepSpeed with a small bucket.
+alive at its beginning, and every allocation within it. Predicted and measured are the peaks of one process, whole and
+by part of the step; the update's part includes the optimizer step. Two processes run under DeepSpeed with a small
+bucket.
 
 Writes results/plan.json.
 """
