@@ -54,9 +54,10 @@ def kept_per_token(shape: Shape, regime: Regime, width: int, masked: bool, rank:
     """What one layer keeps for backward, bytes a token. rank: of an adapter on all its linear layers."""
     h, p = shape.hidden, regime.product
     inputs = (5 if shape.gated else 4) if regime.copied else 2  # autocast casts its input for every product anew
-    norms = 2 * 8 * h + inputs * p * h  # x and x/rms in float32, and what the products read
-    norms += 2 * 8 * h if shape.sandwiched else 0
-    norms += 8 * (shape.queries + shape.keys) if shape.normed_queries else 0
+    normed = 4 if rank else 8  # x in float32, and x/rms where the norm's own weight is trained
+    norms = 2 * normed * h + inputs * p * h
+    norms += 2 * normed * h if shape.sandwiched else 0
+    norms += normed * (shape.queries + shape.keys) if shape.normed_queries else 0
     mlp = (4 if shape.gated else 2) * p * shape.intermediate
     adapter = 4 * rank * _LINEARS if rank else 0
     return norms + _attention_kept(shape, p, width, masked) + mlp + adapter

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rlhf.planning import changes
 from rlhf.planning.placement import Placement
-from rlhf.planning.plan import make_plan
+from rlhf.planning.plan import CONTEXT, FRAGMENTS, make_plan
 from rlhf.planning.setup import Setup
 from tests.planning.setups import seven_billion, two_billion
 
@@ -35,10 +35,14 @@ def test_shards_come_before_a_smaller_microbatch() -> None:
 
 
 def test_a_smaller_microbatch_is_the_largest_that_fits() -> None:
-    setup = two_billion(step=replace(two_billion().step, activations="recompute"))
-    least = make_plan(replace(setup, step=replace(setup.step, microbatch=4096))).peak.total
-    found = changes.smallest(on(least / GIB / 0.95 + 1.51, setup))
-    assert found is not None and found.set == ("batch.microbatch_tokens=4096",)
+    """The memory that 8,192 tokens a forward need, and a little."""
+    setup = seven_billion(program="sft", judges=(), reference=None, compares=False)
+    least = make_plan(replace(setup, step=replace(setup.step, microbatch=8192))).peak.total
+    gib = (least / (1 - FRAGMENTS) + CONTEXT) / GIB + 0.01
+    for budget, fits in ((16384, False), (8192, True)):
+        assert make_plan(on(gib, replace(setup, step=replace(setup.step, microbatch=budget)))).fits is fits
+    found = changes.smallest(on(gib, setup))
+    assert found is not None and found.set == ("batch.microbatch_tokens=8192",)
 
 
 def test_changes_are_added_up_where_none_is_enough() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,9 @@ def plan(*words: str) -> tuple[str, int]:
 def test_every_shipped_recipe_fits_where_its_header_says_it_runs(name: str, place: Path) -> None:
     """With no network, no weights, and none of the runs that it starts from."""
     header = shipped_recipes()[name].read_text(encoding="utf-8")
-    eight = ["--gpus", "8", "--gpu-memory", "80GB"]
-    machine = [] if "CPU cores" in header else eight if "8 GPUs of 80 GB" in header else ["--gpus", "1", *eight[2:]]
+    gpus = re.search(r"(one|8) GPUs? of (\d+) GB", header)
+    machine = ["--gpus", gpus[1].replace("one", "1"), "--gpu-memory", f"{gpus[2]}GB"] if gpus else []
+    assert gpus or "CPU cores" in header
     said, code = plan(name, *machine)
     assert code == 0, said
     assert "fits: " in said and "room for: batch.microbatch_tokens=" in said

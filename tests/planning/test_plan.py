@@ -54,7 +54,7 @@ def test_an_adapter_makes_the_reference_free() -> None:
 
 
 def test_forwards_are_cut_as_the_updater_cuts_them() -> None:
-    """4 completions of 256 behind 512 tokens take 1,536 cells in one row, 3,072 in four: ten groups fit 16,384 tokens."""
+    """4 completions of 256 behind 512 tokens take 1,536 cells in one row, 3,072 in four: ten groups fit 16,384."""
     setup = seven_billion(placement=Placement(kind="zero3", processes=4))  # 32 prompts a process
     assert forwards(setup) == (Forward(10, 1536, 40 * 256, shared=True), 4)
     plain = replace(setup, step=replace(setup.step, share_prompts=False))
@@ -89,8 +89,8 @@ def test_more_memory_is_spared_and_less_is_missed() -> None:
 
 
 def test_seconds_follow_operations_and_bytes() -> None:
-    """The update of Gemma 2B on one H100: 6 operations a trunk weight and token, 8 if layers are computed again; 35 % of
-    989 TFLOP/s."""
+    """The update of Gemma 2B on one H100: 6 operations a trunk weight and token, 8 if layers are computed again; 35 %
+    of 989 TFLOP/s."""
     machine = replace(two_billion().machine, card="h100")
     plan = make_plan(two_billion(machine=machine))
     forward, count = forwards(plan.setup)

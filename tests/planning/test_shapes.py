@@ -48,6 +48,7 @@ def test_a_scalar_head_takes_the_place_of_an_untied_vocabulary() -> None:
     assert gemma.as_scalar().as_scalar() == gemma.as_scalar()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_is_as_large_as_peft_makes_it() -> None:
     config = build_config("gemma", layers=2, hidden_size=64, heads=4, vocab_size=300)
     found = read_shape(config, name="x", source="recipe")
