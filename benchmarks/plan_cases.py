@@ -100,6 +100,7 @@ def length(completions: list[str], **columns: Any) -> list[float]:
 
 def _launch(folder: Path, stage: int) -> None:
     zero = {"stage": stage, "reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET // 10}
+    zero |= {"stage3_param_persistence_threshold": 0}  # whole tensors below 100,000: most of a small model
     settings = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     (folder / "deepspeed.json").write_text(json.dumps(settings), encoding="utf-8")
     accelerate = {

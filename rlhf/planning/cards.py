@@ -19,7 +19,7 @@ class Card:
     source: str
 
 
-CARDS = {
+CARDS: dict[str, Card] = {
     "a100": Card(
         flops=312e12, bandwidth=2.039e12, link=300e9, memory=79 * 2**30, source="NVIDIA A100 data sheet, SXM 80 GB"
     ),

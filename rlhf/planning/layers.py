@@ -79,7 +79,8 @@ def _attention_kept(shape: Shape, p: int, width: int, masked: bool) -> float:
 def passing_per_token(shape: Shape, regime: Regime, width: int, masked: bool) -> float:
     """The most that one layer holds at once without gradient, bytes a token: in its MLP, or in its attention."""
     h, p, a = shape.hidden, regime.product, shape.queries
-    around = 2 * regime.stream * h + (p * h if regime.copied else 0)
+    # what is added to, what is read, the layer's input and the embeddings, which callers hold; rotary positions
+    around = 4 * regime.stream * h + (p * h if regime.copied else 0) + 2 * regime.stream * shape.head_dim
     mlp = around + (3 if shape.gated else 2) * p * shape.intermediate
     scores = 3 * 4 * shape.heads * width if shape.attention == "eager" else p * width if masked else 0
     attention = around + regime.stream * (2 * a + shape.keys) + p * 2 * a + scores

@@ -83,9 +83,8 @@ def held(placement: Placement, frozen: int, trained: int, largest: int, *, low: 
 def _sharded(placement: Placement, frozen: int, trained: int, size: int) -> Held:
     """size: bytes of a weight in the engine's type."""
     shards, everything = placement.processes, frozen + trained
-    third, low = placement.kind == "zero3", size == 2
-    master = 0.0 if third and not low else 4.0 * trained / shards  # ZeRO-3 in float32 steps on its shards themselves
-    optimizer = master + 8.0 * trained / shards
+    third = placement.kind == "zero3"
+    optimizer = (4.0 + 8.0) * trained / shards  # masters are copied in float32 too
     gradients = float(size) * trained / (1 if placement.kind == "zero1" else shards)
     stepping = (4.0 + (8.0 if placement.cpu else 4.0)) * trained / shards
     weights = float(size) * everything / (shards if third else 1)

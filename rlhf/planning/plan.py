@@ -10,6 +10,7 @@ from rlhf.planning.layers import Forward
 from rlhf.planning.placement import Held, held
 from rlhf.planning.rollouts import Decoding, decoding
 from rlhf.planning.setup import Setup, forwards, own_prompts, scoring
+from rlhf.planning.shapes import Shape
 
 # Of a GPU's memory: the CUDA context with its libraries and the buffers of NCCL; and what the allocator cannot use,
 # because free blocks have the wrong sizes. Both are rules of thumb, not measured here.
@@ -177,7 +178,7 @@ def _reference(setup: Setup, state: Held, base: float, forward: Forward) -> list
     return [Phase("reference", base, _said(parts))]
 
 
-def _pass(shape: layers.Shape, setup: Setup, forward: Forward, *, own: bool) -> dict[str, float]:
+def _pass(shape: Shape, setup: Setup, forward: Forward, *, own: bool) -> dict[str, float]:
     regime = setup.regime if own else setup.frozen_regime
     cast = layers.copies(shape, regime, cached=False)
     return {"weights in bf16": cast, "one forward": layers.passing(shape, regime, forward, setup.tile)}

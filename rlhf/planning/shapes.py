@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -134,11 +134,12 @@ def read_shape(
 def _on_meta(config: Any, name: str, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
+    make = cast(Any, AutoModelForCausalLM).from_config
     # an attention kernel that is not installed here may be there where the run will be
     kernel = {"attn_implementation": attention} if attention in ("eager", "sdpa", "flex_attention") else {}
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, **kernel)
+            model = make(config, **kernel)
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         reason = str(error).split("\n")[0][:160]
         raise UserError(f"{name}: no causal language model can be made of its configuration ({reason})") from error

@@ -103,5 +103,5 @@ def refusal(plan: Plan, change: changes.Change | None) -> str:
 
 def _hub_ids(recipe: Recipe) -> list[str]:
     paths = [recipe.policy.path, recipe.policy.tokenizer, recipe.reference.path]
-    paths += [entry.path for entry in (*recipe.reward.models, *recipe.eval.models)]
+    paths += [*(entry.path for entry in recipe.reward.models), *(judge.path for judge in recipe.eval.models)]
     return [path for path in paths if path is not None]
