@@ -125,3 +125,16 @@ def test_amounts_of_memory() -> None:
     ]
     with pytest.raises(UserError):
         parse_bytes("0GiB")
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("gemma/")])
+def test_headers_hold_what_the_plan_says(name: str, place: Path) -> None:
+    header = shipped_recipes()[name].read_text(encoding="utf-8")
+    gpus, config = re.search(r"(one|8) GPUs? of (\d+) GB", header), re.search(r"--accelerate (\w+)", header)
+    told = re.search(r"# Plan: +(\d+) of (\d+) GiB a GPU at the peak \((.+)\), about (\d+) s a step on (\w+)s", header)
+    assert gpus and config and told
+    machine = ["--gpus", gpus[1].replace("one", "1"), "--gpu-memory", f"{gpus[2]}GB", "--gpu", told[5].lower()]
+    found = json.loads(plan(name, *machine, "--accelerate", config[1], "--json")[0])
+    seconds = sum(found["seconds"].values())
+    figures = [f"{size / 2**30:.0f}" for size in (found["peak"]["bytes"], found["usable_bytes"])]
+    assert list(told.groups()[:4]) == [*figures, found["peak"]["phase"], f"{seconds:.0f}"]
