@@ -51,7 +51,8 @@ def _shapes(plan: Plan) -> list[Shape]:
 
 
 def _described(shape: Shape) -> str:
-    numbers = f"{shape.parameters / 1e9:.3g} billion weights, {shape.layers} layers, {shape.attention} attention"
+    size, unit = (1e9, "billion") if shape.parameters >= 1e9 else (1e6, "million")
+    numbers = f"{shape.parameters / size:.3g} {unit} weights, {shape.layers} layers, {shape.attention} attention"
     return f"{shape.name}: {numbers} ({shape.source})"
 
 

@@ -62,7 +62,7 @@ def test_every_shipped_recipe_fits_where_its_header_says_it_runs(name: str, plac
 def test_a_plan_says_whose_numbers_it_took(place: Path) -> None:
     build_config("gemma", layers=2, hidden_size=64, heads=4, vocab_size=300).save_pretrained(place / "mine")
     said, code = plan(write(place, "./mine"))
-    assert code == 0 and "./mine: 0.000" in said and "(config.json)" in said
+    assert code == 0 and "./mine: 0.142 million weights, 2 layers" in said and "(config.json)" in said
     said, code = plan(write(place, "google/gemma-2b-it"), "--gpus", "1", "--gpu", "h200")
     assert code == 0 and "table of public models; its own config.json was not at hand" in said
     said, code = plan("quickstart/reinforce")
