@@ -12,8 +12,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHIN = 0.15
-QUICK = ("reinforce", "recompute", "lora")
-SLOW = ("large reward model", "one forward", "ppo", "exact KL", "gemma 2", "gemma 3", "32k vocabulary", "plain rows")
+QUICK = ("recompute", "lora")
+SLOW = (
+    "reinforce",
+    "large reward model",
+    "one forward",
+    "ppo",
+    "exact KL",
+    "gemma 2",
+    "gemma 3",
+    "32k vocabulary",
+    "plain rows",
+    "bf16",
+)
 
 
 def ratio(case: str) -> float:
