@@ -108,6 +108,41 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=0, metavar="N", help="GPUs of a machine; 0 = this machine's CPU.")] = 0,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of one GPU, such as `80GiB`; default: the card's.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, metavar="M", help="Machines with so many GPUs each.")] = 1,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(metavar="NAME_OR_PATH", help="Accelerate configuration; default: the first that fits."),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="CARD", help="`h100`, `h200`, `a100`, …: its memory, and times.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what a recipe needs of memory and time on a machine that need not be here. Reads no weights, no data.
+
+    `rlhf plan hh/reinforce --gpus 8 --gpu h100 --accelerate zero3`
+
+    Per process: what each model holds, the peak of each part of a step, whether it fits, the smallest change that would
+    make it fit. Every formula is in docs/planning.md. Exit code 2 where it does not fit.
+    """
+    from rlhf.locate import recipe_file
+    from rlhf.recipe import load_recipe
+
+    ready = load_recipe(recipe, overrides or [], inputs=False)
+    from rlhf.programs import plan as program
+
+    options = program.Options(gpus=gpus, memory=gpu_memory, nodes=nodes, accelerate=accelerate, gpu=gpu)
+    _leave(program.main(ready, recipe_file(recipe).parent, options, as_json=as_json))
+
+
+@app.command()
 def quickstart(
     overrides: Overrides = None,
     shortened: Annotated[

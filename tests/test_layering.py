@@ -27,6 +27,7 @@ LEVELS = {
     "data": 3,
     "tracking": 3,
     "runtime": 3,
+    "planning": 3,
     "programs": 4,
     "assemble": 4,
     "recipe": 5,

@@ -48,7 +48,7 @@ def load_causal_lm(path: str, *, attention: str = "auto", what: str = "policy.pa
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
-    base = _base_of_adapter(path)
+    base = base_of_adapter(path)
     try:
         config = AutoConfig.from_pretrained(base or path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -65,7 +65,7 @@ def load_causal_lm(path: str, *, attention: str = "auto", what: str = "policy.pa
     return cast(nn.Module, model)
 
 
-def _base_of_adapter(path: str) -> str | None:
+def base_of_adapter(path: str) -> str | None:
     """What the adapter in this folder belongs to; None where the folder holds no adapter alone."""
     folder = Path(path)
     if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():

@@ -19,6 +19,7 @@ from rlhf.errors import ExitCode, UserError
 from rlhf.interfaces import TrainState
 from rlhf.models import load
 from rlhf.models.chat import stop_ids
+from rlhf.programs import fits
 from rlhf.programs.keeper import Keeper, write_record
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe, local_inputs
@@ -30,7 +31,10 @@ from rlhf.tracking.tracker import build_tracker
 
 _OF_ONE_RANK = (ExitCode.USER, ExitCode.REWARD_GONE)  # may end a single process; the others are told of the rest
 # Keys that may differ when a run is resumed: they change what is seen of a run or when it pauses, nothing it computes.
-_FREE = ("run.resume", "run.max_seconds", "tracking.", "checkpoint.keep", "checkpoint.every_steps", "batch.activations")
+_FREE = (
+    *("run.resume", "run.max_seconds", "run.memory_check", "tracking."),
+    *("checkpoint.keep", "checkpoint.every_steps", "batch.activations"),
+)
 
 
 def train(recipe: Recipe, command: list[str]) -> ExitCode:
@@ -44,6 +48,7 @@ def train(recipe: Recipe, command: list[str]) -> ExitCode:
         compute_dtype=distributed.auto_dtype(recipe.policy.compute_dtype),
     )
     try:
+        fits.refuse_what_cannot_fit(recipe, runtime, lambda text: _say(runtime, text))
         with _open(recipe, runtime, command) as directory:
             for note in directory.notes:
                 _say(runtime, note)

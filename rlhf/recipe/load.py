@@ -16,24 +16,25 @@ from rlhf.recipe.marks import Document, KeyPath, Problem, plain, read_file, read
 from rlhf.recipe.paths import path_rules, secrets
 from rlhf.recipe.rules import RULES
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.validate import check, schema_errors, unknown_key
+from rlhf.recipe.validate import Rule, check, schema_errors, unknown_key
 from rlhf.recipe.wording import shown
 
 
-def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path_or_name: str, overrides: Sequence[str] = (), *, inputs: bool = True) -> Recipe:
     """Reads a recipe by path or shipped name and applies ``key=value`` overrides, spelled like the YAML.
 
+    inputs: False = what it points at (rows, models, code) need not be there, for who only asks how large it is.
     Raises UserError with one line per problem.
     """
     file = recipe_file(path_or_name)
     shown_as = path_or_name if Path(path_or_name).expanduser().is_file() else command_name(file)
-    return _build(read_file(file), overrides, shown_as, file.parent)
+    return _build(read_file(file), overrides, shown_as, path_rules(file.parent) if inputs else [])
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """A recipe made in Python, checked by the same rules, with overrides applied. Raises UserError."""
     values = recipe.model_dump(mode="json", exclude_unset=True)
-    return _build(Document(values, {}), overrides, "recipe", None)
+    return _build(Document(values, {}), overrides, "recipe", path_rules(None))
 
 
 @dataclass
@@ -73,14 +74,14 @@ class _Overrides:
                 self._set(path, self.texts[path])
 
 
-def _build(document: Document, overrides: Sequence[str], name: str, folder: Path | None) -> Recipe:
+def _build(document: Document, overrides: Sequence[str], name: str, places: Sequence[Rule]) -> Recipe:
     values = copy.deepcopy(document.value)
     applied = _Overrides(values)
     for argument in overrides:
         applied.apply(argument)
     applied.words_where_text_is_wanted()
     _pin(values)
-    checked = check(values, [*RULES, *path_rules(folder)])
+    checked = check(values, [*RULES, *places])
     secret = tuple(secrets(values))
     in_file = [problem for problem in document.problems if not _covered(problem.path, applied.texts)]
     said = {problem.path for problem in (*in_file, *secret)}

@@ -82,6 +82,10 @@ class Run(Section):
         default="auto",
         description="auto: go on from the newest complete checkpoint. never: start anew in `<dir>-2`, `-3`, …",
     )
+    memory_check: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Before anything is loaded, refuse what `rlhf plan` finds too large. auto: on GPUs alone.",
+    )
 
 
 class Scratch(Section):

@@ -297,10 +297,10 @@ def test_commands_can_be_typed(page: str, line: str, place: Path) -> None:
         del rest[at : at + 1 + (option not in flags)]
     if verb == "recipes" and rest:
         assert rest[0] in ("show", "copy") and recipe_file(rest[1]), line
-    if verb in ("train", "check"):
+    if verb in ("train", "check", "plan"):
         name, *overrides = rest
         given = ROOT / name if (ROOT / name).is_file() else place / name
-        load_recipe(str(recipe_file(str(given) if given.is_file() else name)), overrides)
+        load_recipe(str(recipe_file(str(given) if given.is_file() else name)), overrides, inputs=verb != "plan")
 
 
 def test_the_recipe_of_the_readme_is_valid(place: Path) -> None:
