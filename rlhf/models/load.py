@@ -166,7 +166,7 @@ def weightless_causal_lm(path: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(_base_of_adapter(path) or path)
+        config = AutoConfig.from_pretrained(base_of_adapter(path) or path)
         with torch.device("meta"):
             return cast(nn.Module, AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
