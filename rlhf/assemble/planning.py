@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlhf.assemble import models
 from rlhf.assemble.shapes import Shapes
 from rlhf.objectives.presets import is_dotted
 from rlhf.planning.placement import Placement
@@ -28,6 +29,7 @@ def setup(recipe: Recipe, placement: Placement, machine: Machine, shapes: Shapes
         machine=machine,
         rollouts=_rollouts(recipe, policy),
         reference=_reference(recipe, policy, shapes) if compared else None,
+        reference_where=models.placement(recipe.reference.placement),
         compares=compared and recipe.objective != "simpo",
         critic=_critic(recipe, policy, shapes),
         judges=_judges(recipe, shapes),
@@ -60,7 +62,11 @@ def _rollouts(recipe: Recipe, policy: Shape) -> Rollouts:
     given = recipe.rollout
     plain = given.decode == "generate" or given.stop or not known(policy)
     return Rollouts(
-        engine="vllm" if given.engine == "vllm" else "generate" if plain else "loop",
+        engine=("vllm" if given.url is None else "server")
+        if given.engine == "vllm"
+        else "generate"
+        if plain
+        else "loop",
         kv_bytes=given.kv_cache_gib * 2**30,
         gpu_fraction=given.gpu_fraction,
     )
@@ -91,14 +97,15 @@ def _judges(recipe: Recipe, shapes: Shapes) -> tuple[Judge, ...]:
         return ()
     budget = recipe.batch.microbatch_tokens
     named = [
-        (entry.path, f"reward.models.{at}.path", entry.microbatch_tokens)
+        (entry.path, f"reward.models.{at}", entry.microbatch_tokens, models.placement(entry.placement))
         for at, entry in enumerate(recipe.reward.models)
     ]
     named += [
-        (entry.path, f"eval.models.{at}.path", entry.microbatch_tokens) for at, entry in enumerate(recipe.eval.models)
+        (entry.path, f"eval.models.{at}", entry.microbatch_tokens, "replicate")
+        for at, entry in enumerate(recipe.eval.models)
     ]
     return tuple(
-        Judge(shape=shapes.at(path, key).as_scalar(), tokens=tokens or budget)
-        for path, key, tokens in named
+        Judge(shape=shapes.at(path, f"{key}.path").as_scalar(), tokens=tokens or budget, where=where, key=key)
+        for path, key, tokens, where in named
         if path is not None
     )

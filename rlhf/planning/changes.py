@@ -44,6 +44,22 @@ def zero3(setup: Setup) -> Change | None:
     return _placed(setup, "zero3")
 
 
+def frozen_shares(setup: Setup) -> Change | None:
+    """Reference and reward models in shards too; judges of held-out completions have no place of their own."""
+    if setup.placement.processes == 1:
+        return None
+    keys, judges = [], list(setup.judges)
+    for at, judge in enumerate(judges):
+        if judge.where != "zero3" and judge.key.startswith("reward."):
+            keys.append(f"{judge.key}.placement=zero3")
+            judges[at] = replace(judge, where="zero3")
+    found = replace(setup, judges=tuple(judges))
+    if setup.reference is not None and not setup.exact and setup.reference_where != "zero3":
+        keys.append("reference.placement=zero3")
+        found = replace(found, reference_where="zero3")
+    return Change("reference and reward models in shards", tuple(keys), found) if keys else None
+
+
 def smaller_microbatch(setup: Setup) -> Change | None:
     """Halved until a forward holds one unit; the largest that fits."""
     for budget in _halves(setup.step.microbatch):
@@ -92,7 +108,8 @@ def reward_server(setup: Setup) -> Change | None:
     if not setup.judges or not setup.sampled:
         return None
     what = "the reward models on a machine of their own"
-    return Change(what, ("reward.models.0.url (where this version has reward servers)",), replace(setup, judges=()))
+    keys = tuple(f"{judge.key}.url=http://…" for judge in setup.judges)
+    return Change(what, keys, replace(setup, judges=()))
 
 
 def more_gpus(setup: Setup) -> Change | None:
@@ -113,7 +130,18 @@ def more_gpus(setup: Setup) -> Change | None:
 
 
 ORDER: tuple[Step, ...] = (
-    *(recompute, zero2, zero3, smaller_microbatch, smaller_cache, offload, lora, reward_server, more_gpus),
+    *(
+        recompute,
+        zero2,
+        zero3,
+        frozen_shares,
+        smaller_microbatch,
+        smaller_cache,
+        offload,
+        lora,
+        reward_server,
+        more_gpus,
+    ),
 )
 
 

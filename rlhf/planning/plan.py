@@ -9,7 +9,7 @@ from rlhf.planning import layers
 from rlhf.planning.layers import Forward
 from rlhf.planning.placement import Held, held
 from rlhf.planning.rollouts import Decoding, decoding
-from rlhf.planning.setup import Setup, forwards, own_prompts, scoring
+from rlhf.planning.setup import Judge, Setup, forwards, own_prompts, scoring
 from rlhf.planning.shapes import Shape
 
 # Of a GPU's memory: the CUDA context with its libraries and the buffers of NCCL; and what the allocator cannot use,
@@ -82,7 +82,7 @@ def make_plan(setup: Setup) -> Plan:
     roles = _roles(setup, state)
     base = sum(role.total for role in roles) + _rollout_record(setup)
     forward, count = forwards(setup)
-    found = decoding(setup) if setup.sampled and setup.rollouts.engine != "vllm" else None
+    found = decoding(setup) if setup.sampled and setup.rollouts.engine in ("loop", "generate") else None
     phases = [
         *_generation(setup, state, base, found),
         *_scoring(setup, base),
@@ -90,7 +90,9 @@ def make_plan(setup: Setup) -> Plan:
         _update(setup, state, base, forward, count),
         _stepping(setup, state, base),
     ]
-    host = state.host * min(setup.machine.gpus, setup.placement.processes)
+    frozen = [setup.reference_held, *map(setup.judge_held, setup.judges)]
+    away = sum(each.host for each in frozen if each is not None)
+    host = (state.host + away) * min(setup.machine.gpus, setup.placement.processes)
     if setup.step.activations == "offload":
         host += setup.policy.layers * setup.regime.stream * setup.policy.hidden * forward.tokens
     return Plan(setup, tuple(roles), tuple(phases), found, forward, count, host)
@@ -114,12 +116,12 @@ def _roles(setup: Setup, state: Held) -> list[Role]:
     if setup.vectors:
         parts["copies of weights"] = 4.0 * setup.vectors * setup.trained
     roles = [Role("policy", name, setup.placement.said, parts)]
-    if setup.reference is not None:
-        size = 4.0 * setup.reference.parameters
-        roles.append(Role("reference", setup.reference.name, "a copy a process", {"weights": size}))
+    if setup.reference is not None and setup.reference_held is not None:
+        own = setup.reference_held
+        roles.append(Role("reference", setup.reference.name, own.said, {"weights": own.always}))
     for judge in setup.judges:
-        size = float(setup.judge_bytes(judge) * judge.shape.parameters)
-        roles.append(Role("reward model", judge.shape.name, "a copy a process", {"weights": size}))
+        own = setup.judge_held(judge)
+        roles.append(Role("reward model", judge.shape.name, own.said, {"weights": own.always}))
     if setup.sampled and setup.rollouts.engine == "vllm":
         roles.append(Role("vLLM", setup.policy.name, "in this process", {"weights, keys, values": _vllm(setup)}))
     return roles
@@ -158,21 +160,31 @@ def _cast(setup: Setup, *, in_loop: bool) -> float:
 def _scoring(setup: Setup, base: float) -> list[Phase]:
     if not setup.judges or not setup.sampled:
         return []
-    found = 0.0
-    for judge in setup.judges:
-        forward, _ = scoring(setup, judge)
-        regime = setup.judge_regime(judge)
-        cast = layers.copies(judge.shape, regime, cached=False)
-        found = max(found, cast + layers.passing(judge.shape, regime, forward, setup.tile))
-    return [Phase("scoring", base, {"one forward": found})]
+    return [
+        Phase(
+            "scoring",
+            base,
+            max((_judging(setup, judge) for judge in setup.judges), key=lambda parts: sum(parts.values())),
+        )
+    ]
+
+
+def _judging(setup: Setup, judge: Judge) -> dict[str, float]:
+    """Beyond what always lies there: weights that are gathered or moved in, and a forward."""
+    forward, _ = scoring(setup, judge)
+    regime = setup.judge_regime(judge)
+    cast = layers.copies(judge.shape, regime, cached=False)
+    found = cast + layers.passing(judge.shape, regime, forward, setup.tile)
+    return _said({"weights of the reward model": setup.judge_held(judge).used, "one forward": found})
 
 
 def _reference(setup: Setup, state: Held, base: float, forward: Forward) -> list[Phase]:
     """The reference's pass; and the policy's own where values or old log-probabilities are asked for."""
     if not setup.compares:
         return []
-    if setup.reference is not None:
-        parts = _pass(setup.reference, setup, forward, own=False)
+    if setup.reference is not None and setup.reference_held is not None:
+        own = {"weights of the reference": setup.reference_held.used}
+        parts = {**own, **_pass(setup.reference, setup, forward, own=False)}
     else:
         parts = {"weights gathered": state.gathered, **_pass(setup.policy, setup, forward, own=True)}
     return [Phase("reference", base, _said(parts))]

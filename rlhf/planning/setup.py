@@ -7,6 +7,7 @@ from typing import Literal
 
 from rlhf.models import masks
 from rlhf.models.layout import SharedPrompts, Size, plain_rows
+from rlhf.planning.frozen import FrozenHeld, Where, frozen_held
 from rlhf.planning.layers import AUTOCAST, BFLOAT16, FLOAT32, Activations, Forward, Regime
 from rlhf.planning.placement import Placement
 from rlhf.planning.shapes import Shape
@@ -31,10 +32,12 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """A frozen reward model. tokens: of one forward."""
+    """A frozen reward model. tokens: of one forward. key: of its place in the recipe."""
 
     shape: Shape
     tokens: int
+    where: Where = "replicate"
+    key: str = "reward.models.0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +58,9 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """How completions are sampled. loop: ours; generate: of transformers; vllm: in this process."""
+    """How completions are sampled. loop: ours; generate: of transformers; vllm: in this process; server: elsewhere."""
 
-    engine: Literal["loop", "generate", "vllm"] = "loop"
+    engine: Literal["loop", "generate", "vllm", "server"] = "loop"
     kv_bytes: float = 4.0 * 2**30
     gpu_fraction: float = 0.4
 
@@ -75,6 +78,7 @@ class Setup:
     machine: Machine
     rollouts: Rollouts = Rollouts()
     reference: Shape | None = None
+    reference_where: Where = "replicate"
     compares: bool = True
     critic: Shape | None = None
     judges: tuple[Judge, ...] = ()
@@ -121,6 +125,16 @@ class Setup:
     def frozen_regime(self) -> Regime:
         """Of the reference, whose weights are float32 whatever the engine's are."""
         return AUTOCAST if self.low else FLOAT32
+
+    @property
+    def reference_held(self) -> FrozenHeld | None:
+        """Of the reference's own weights, where it has any."""
+        if self.reference is None:
+            return None
+        return frozen_held(self.reference.parameters, 4, self.reference_where, self.placement)
+
+    def judge_held(self, judge: Judge) -> FrozenHeld:
+        return frozen_held(judge.shape.parameters, self.judge_bytes(judge), judge.where, self.placement)
 
     def judge_bytes(self, judge: Judge) -> int:
         """Of a reward model's weight: as stored, or float32 where that is computed in."""

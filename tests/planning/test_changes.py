@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from rlhf.planning import changes
 from rlhf.planning.placement import Placement
 from rlhf.planning.plan import CONTEXT, FRAGMENTS, make_plan
@@ -51,6 +53,19 @@ def test_changes_are_added_up_where_none_is_enough() -> None:
     assert found.set[0] == "batch.activations=recompute"
 
 
+def test_frozen_models_in_shards_make_room_for_seven_billion() -> None:
+    """The documented example: an eighth of 31.81 and 50.71 GiB in place of all of it."""
+    setup = seven_billion()
+    found = changes.smallest(setup)
+    assert found is not None
+    assert found.set == ("reward.models.0.placement=zero3", "reference.placement=zero3")
+    before, after = (sum(role.total for role in make_plan(each).roles) / GIB for each in (setup, found.setup))
+    assert before - after == pytest.approx((31.81 + 50.71) * 7 / 8, abs=0.01)
+    assert after == pytest.approx(27.15, abs=0.01)
+    scoring = next(phase for phase in make_plan(found.setup).phases if phase.name == "scoring")
+    assert scoring.parts["weights of the reward model"] == 2e9  # no more than 10⁹ weights are gathered
+
+
 def test_nothing_is_suggested_where_nothing_fits() -> None:
     assert changes.smallest(on(2, seven_billion())) is None
 
@@ -58,8 +73,8 @@ def test_nothing_is_suggested_where_nothing_fits() -> None:
 def test_the_order_is_the_documented_one() -> None:
     names = [step.__name__ for step in changes.ORDER]
     assert names == [
-        *("recompute", "zero2", "zero3", "smaller_microbatch", "smaller_cache", "offload", "lora", "reward_server"),
-        "more_gpus",
+        *("recompute", "zero2", "zero3", "frozen_shares", "smaller_microbatch", "smaller_cache", "offload", "lora"),
+        *("reward_server", "more_gpus"),
     ]
 
 

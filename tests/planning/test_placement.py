@@ -60,7 +60,8 @@ def test_what_is_offloaded_lies_on_the_host() -> None:
 def test_every_shipped_configuration_is_understood(name: str) -> None:
     gpus = 1 if name == "single_gpu" else 8
     found = read_placement(accelerate_config_file(name), gpus)
-    kinds = {"cpu": "single", "single_gpu": "single", "cpu_2ranks": "ddp"}
+    kinds = {"cpu": "single", "single_gpu": "single", "cpu_2ranks": "ddp", "cpu_2nodes": "ddp"}
+    kinds |= {"zero3_offload": "zero3", "multi_node_zero3": "zero3"}
     assert found.kind == kinds.get(name, name.removeprefix("cpu_"))
     assert found.processes == (gpus if not found.cpu else 1 if name == "cpu" else 2)
     assert found.bucket == BUCKET

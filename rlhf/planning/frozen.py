@@ -1,0 +1,31 @@
+"""Bytes of a frozen model on one process: whole, in shares, or in host memory outside its phase."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf.planning.placement import LIVE, Placement
+
+Where = Literal["replicate", "zero3", "offload"]
+SAID = {"replicate": "a copy a process", "zero3": "in shares", "offload": "in host memory while it is idle"}
+
+
+@dataclass(frozen=True)
+class FrozenHeld:
+    """always: through the run. used: beside that while it computes. host: of its node's memory. said: in words."""
+
+    always: float
+    used: float
+    host: float
+    said: str
+
+
+def frozen_held(parameters: int, size: int, where: Where, placement: Placement) -> FrozenHeld:
+    """size: bytes a weight. One process has nobody to share with, and a CPU is where offloaded weights would go."""
+    total = float(parameters * size)
+    if where == "zero3" and placement.processes > 1:
+        return FrozenHeld(total / placement.processes, float(size * min(parameters, LIVE)), 0.0, SAID[where])
+    if where == "offload" and not placement.cpu:
+        return FrozenHeld(0.0, total, total, SAID[where])
+    return FrozenHeld(total, 0.0, 0.0, SAID["replicate"])
