@@ -115,7 +115,10 @@ def _token(options: Options) -> str | None:
                 "use the model; put a secret into a variable and name it with --token-env, or keep --host 127.0.0.1"
             )
         return None
-    return token_of(options.token_env, "--token-env")
+    try:
+        return token_of(options.token_env)
+    except UserError as error:
+        raise UserError(f"--token-env: {error}") from error
 
 
 def _bound(host: str, port: int) -> socket.socket:
