@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from rlhf import assemble
+from rlhf.assemble.rewards import served_identities
 from rlhf.errors import ExitCode, UserError
 from rlhf.interfaces import TrainState
 from rlhf.models import load
@@ -30,6 +31,7 @@ from rlhf.tracking.tracker import build_tracker
 
 # Keys that may differ when a run is resumed: they change what is seen of a run or when it pauses, nothing it computes.
 _FREE = ("run.resume", "run.max_seconds", "tracking.", "checkpoint.keep", "checkpoint.every_steps", "batch.activations")
+_FREE_ENDS = (".url", ".token_env", ".give_up_seconds")  # where a reward server lies; what it holds is pinned
 
 
 def train(recipe: Recipe, command: list[str]) -> ExitCode:
@@ -64,7 +66,7 @@ def _open(recipe: Recipe, runtime: Runtime, command: list[str]) -> RunDirectory:
 
     def changed(old: str) -> list[str]:
         keys = recipe.differences(Recipe.model_validate(yaml.safe_load(old)))
-        return [key for key in keys if not key.startswith(_FREE)]
+        return [key for key in keys if not key.startswith(_FREE) and not key.endswith(_FREE_ENDS)]
 
     answer: RunDirectory | UserError | None = None
     if runtime.main:
@@ -111,7 +113,8 @@ def _pin(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> None:
     refusal: UserError | None = None
     if runtime.main:
         try:
-            directory.pin({key: fingerprint(path) for key, path in local_inputs(recipe).items()})
+            files = {key: fingerprint(path) for key, path in local_inputs(recipe).items()}
+            directory.pin(files | served_identities(recipe, partial(_say, runtime)))
         except UserError as error:
             refusal = error
     refusal = runtime.gather_objects(refusal)[0]

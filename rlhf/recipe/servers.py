@@ -55,13 +55,13 @@ def unencrypted(url: str) -> list[str]:
     return [address for address, at in parts.items() if at.scheme == "http" and not is_loopback(at.hostname or "")]
 
 
-def token_of(variable: str, key: str) -> str:
+def token_of(variable: str) -> str:
     """The token in an environment variable, which alone is ever named. Raises UserError."""
     token = os.environ.get(variable, "").strip()
     if not token:
-        raise UserError(f"{key}: the environment variable {variable} is not set or empty; export the token in it")
+        raise UserError(f"the environment variable {variable} is not set, or empty; export the token in it")
     if not (token.isascii() and token.isprintable()):
-        raise UserError(f"{key}: the token in {variable} holds characters that an HTTP header cannot; use plain ASCII")
+        raise UserError(f"the token in {variable} holds characters that an HTTP header cannot; use plain ASCII")
     return token
 
 

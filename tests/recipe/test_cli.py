@@ -39,7 +39,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("command", ["train", "check", "quickstart", "evaluate", "report", "recipes", "sample", "env"])
+@pytest.mark.parametrize(
+    "command", ["train", "check", "quickstart", "evaluate", "report", "recipes", "sample", "serve-reward", "env"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"])
     assert shown.exit_code == 0 and len(shown.output.split("\n")) > 5
