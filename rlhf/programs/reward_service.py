@@ -17,6 +17,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter, ValidationError
+from starlette.requests import ClientDisconnect
 
 from rlhf.errors import UserError
 from rlhf.programs import reward_requests as requests
@@ -88,12 +89,15 @@ class Service:
         too_large = HTTPException(413, f"the body is larger than {limit} bytes")
         if declared.isdecimal() and int(declared) > _READ_ON * limit:
             raise too_large
-        async for part in request.stream():
-            size += len(part)
-            if size > _READ_ON * limit:
-                raise too_large
-            if size <= limit:
-                parts.append(part)
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > _READ_ON * limit:
+                    raise too_large
+                if size <= limit:
+                    parts.append(part)
+        except ClientDisconnect:
+            raise HTTPException(400, "the body broke off") from None  # nobody reads this; it is no error of ours
         if size > limit:
             raise too_large
         return b"".join(parts)

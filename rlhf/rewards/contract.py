@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -63,7 +64,7 @@ def contract_of(
     return Contract(
         **parts,
         identity=_digest(parts),
-        name=model.name,
+        name=re.sub(r"[^\w.-]", "-", model.name)[:100] or "reward",
         center=model.center,
         max_tokens=model.max_tokens,
         deterministic=deterministic,

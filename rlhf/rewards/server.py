@@ -27,6 +27,7 @@ from rlhf.rollout import Prompt, Rollout
 ROWS, BYTES = 64, 2**20  # of one request: enough for a forward, and little to send again
 IN_FLIGHT = 4  # requests to each server at once: it is never idle, and others get their turn
 START_SECONDS = 60.0
+LARGEST = torch.finfo(torch.float32).max
 
 
 def _alone(value: Any) -> list[Any]:
@@ -102,7 +103,7 @@ class ServerReward:
             self.replicas.broken(reply.url, f"answers with {len(found)} scores for {rows} completions")
         for value in found:
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and math.isfinite(value)):
+            if value is not None and not (number and abs(value) <= LARGEST):
                 self.replicas.broken(reply.url, "answers with a score that is neither a finite number nor null")
         return [math.nan if value is None else float(value) for value in found]
 

@@ -192,6 +192,8 @@ def test_what_will_not_pass_is_not(answer: Answer, said: str) -> None:
         (b'{"scores": [1, 2, NaN]}', "not JSON"),
         (b'{"scores": [1, 2, Infinity]}', "not JSON"),
         (b'{"scores": [1, 2, 1e999]}', "neither a finite number nor null"),
+        (b'{"scores": [1, 2, 1' + b"0" * 400 + b"]}", "neither a finite number nor null"),
+        (b'{"scores": [1, 2, 1e39]}', "neither a finite number nor null"),
         (b'{"scores": [1, 2, "0.5"]}', "neither a finite number nor null"),
         (b'{"scores": [1, 2, true]}', "neither a finite number nor null"),
         (b'{"scores": [1, 2, [3]]}', "neither a finite number nor null"),
@@ -199,7 +201,7 @@ def test_what_will_not_pass_is_not(answer: Answer, said: str) -> None:
         (b"<html>welcome</html>", "not JSON: <html>welcome</html>"),
         (b"[" * (4 * 2**20 + 1), "which no scores are"),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_an_answer_that_is_no_answer_ends_the_run(body: bytes, said: str) -> None:
     with scripted(contract(), (200, {}, body)) as script:
