@@ -66,7 +66,7 @@ class Service:
             return
         given = request.headers.get("authorization", "").encode("latin-1", "replace")
         if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
-            raise HTTPException(401, "this server asks for its bearer token", {"WWW-Authenticate": "Bearer"})
+            raise HTTPException(401, "no token, or not this server's", {"WWW-Authenticate": "Bearer"})
 
     async def _read(self, request: Request, shape: TypeAdapter[Body]) -> Body:
         """The body, checked in the order of what it costs: token, content type, size, shape, number of texts."""

@@ -56,14 +56,18 @@ def same(one: Run, two: Run) -> bool:
     return all(torch.equal(value, two.weights[name]) for name, value in one.weights.items())
 
 
-def start(model: str, folder: Path, port: int = 0) -> subprocess.Popen[str]:
-    """``rlhf serve-reward`` as a process, which takes its port before it loads."""
+def start(life: ExitStack, model: str, folder: Path, port: int = 0) -> subprocess.Popen[str]:
+    """``rlhf serve-reward`` as a process, which takes its port before it loads and is killed when ``life`` ends."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RM_TOKEN": "a-token-of-mine"}
     command = ["serve-reward", model, "--port", str(port), "--token-env", "RM_TOKEN"]
     with (folder / "server.log").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "rlhf", *command], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        process = life.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-m", "rlhf", *command], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            )
         )
+    life.callback(process.kill)
+    return process
 
 
 def test_a_server_killed_in_the_middle_changes_nothing(
@@ -71,9 +75,8 @@ def test_a_server_killed_in_the_middle_changes_nothing(
 ) -> None:
     """kill -9 while a step is being scored, and a new process at the same port: its requests are asked again."""
     monkeypatch.setenv("RM_TOKEN", "a-token-of-mine")
-    with ExitStack() as stack:
-        servers = [stack.enter_context(start(judge, tmp_path))]
-        stack.callback(lambda: [server.kill() for server in servers])
+    with ExitStack() as life:
+        servers = [start(life, judge, tmp_path)]
         assert servers[0].stdout is not None
         url = servers[0].stdout.readline().split()[-1]
         source = by_url(url, token_env="RM_TOKEN", give_up_seconds=120)
@@ -83,7 +86,7 @@ def test_a_server_killed_in_the_middle_changes_nothing(
             if step == 2:
                 servers[0].kill()
                 servers[0].wait()
-                servers.append(stack.enter_context(start(judge, tmp_path, int(url.rpartition(":")[2]))))
+                servers.append(start(life, judge, tmp_path, int(url.rpartition(":")[2])))
 
         AT_EACH_STEP.append(strike)
         broken = train(recipe, source, WATCH, STEPS, name="broken")

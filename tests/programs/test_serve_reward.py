@@ -25,8 +25,8 @@ from rlhf.programs import serve_reward
 from rlhf.programs.reward_queue import Scorer, Texts
 from rlhf.programs.serve_reward import Options
 from rlhf.rewards.contract import IDENTITY_HEADER, contract_of, model_digest
-from rlhf.rollout import Prompt
-from tests.rewards.serving import TOKENIZER, Running, running, texts, tiny
+from rlhf.rollout import Prompt, Turn
+from tests.rewards.serving import TOKENIZER, Running, running, tiny
 
 MODEL = tiny()
 ROW = {"prompt": "The film", "completion": " is small"}
@@ -51,10 +51,11 @@ def test_a_text_and_a_conversation(server: Running) -> None:
     rows = [ROW, {"prompt": chat, "completion": "Paris", "finished": False}, {**ROW, "finished": True}]
     answer = post(server.url, json={"rows": rows})
     first, second, third = answer.json()["scores"]
-    assert first == third != second and answer.headers[IDENTITY_HEADER] == server.contract.identity
-    prompts, _, _ = texts(0)
-    prompts = [Prompt(row_id=0, text="The film")]
-    assert first == pytest.approx(float(MODEL.score_texts(prompts, [" is small"])[0]), abs=1e-6)
+    assert answer.headers[IDENTITY_HEADER] == server.contract.identity
+    plain = MODEL.score_texts([Prompt(row_id=0, text="The film")], [" is small"])
+    conversation = MODEL.score_texts([Prompt(row_id=0, turns=(Turn(**chat[0]),))], ["Paris"], [False])
+    assert [first, third] == pytest.approx([float(plain)] * 2, abs=1e-6)
+    assert second == pytest.approx(float(conversation), abs=1e-6) and abs(first - second) > 0.01
 
 
 def test_the_contract_says_what_a_score_depends_on(server: Running) -> None:
@@ -81,18 +82,18 @@ def test_openrlhfs_shape(server: Running) -> None:
     text = "<bos>The film is small<eos>"
     body = {"query": [text, text.removeprefix("<bos>")], "prompts": ["The film"] * 2, "labels": [None, "x"]}
     answer = post(server.url, "/get_reward", json=body).json()
-    assert list(answer) == ["rewards"] and answer["rewards"][0] == answer["rewards"][1]
+    assert list(answer) == ["rewards"]
     ids = TOKENIZER.encode(text, add_special_tokens=False)
     with torch.no_grad():
         exact = float(MODEL.forward([ids])[0])
-    assert answer["rewards"][0] == pytest.approx(exact, abs=1e-6)
+    assert answer["rewards"] == pytest.approx([exact, exact], abs=1e-6)
 
 
 # ---- what is refused
 
 
 @pytest.mark.parametrize(
-    "token", [None, "Bearer wrong", "Bearer ", "secret-secret", "bearer secret-secret", "Bearer \xe9"]
+    "token", [None, "Bearer wrong", "Bearer", "secret-secret", "bearer secret-secret", "Bearer \xe9"]
 )
 def test_a_wrong_token(token: str | None) -> None:
     with running(MODEL, token="secret-secret") as locked:

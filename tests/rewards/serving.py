@@ -109,7 +109,7 @@ def scripted(contract: Contract, *answers: Answer | Callable[[bytes], Answer]) -
     script = Script(contract, answers)
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+        protocol_version = "HTTP/1.0"  # a connection a request, so that a server that is gone answers nothing more
 
         def do_GET(self) -> None:
             self.send(200, {}, contract.model_dump_json().encode())
