@@ -19,9 +19,9 @@ from rlhf.assemble import models
 from rlhf.data import load
 from rlhf.errors import UserError
 from rlhf.models.chat import render_completion, render_prompt
+from rlhf.models.load import quiet_libraries
 from rlhf.programs import check_show as show
 from rlhf.programs.hub import PATIENCE_SECONDS, offline_reason
-from rlhf.programs.launch import quiet_libraries
 from rlhf.programs.streams import by_prompt
 from rlhf.recipe import Recipe
 from rlhf.recipe.paths import place

@@ -39,7 +39,7 @@ def train(recipe: Recipe, command: list[str]) -> ExitCode:
 
     Raises UserError for input that cannot work before the run directory is open.
     """
-    quiet_libraries()
+    load.quiet_libraries()
     runtime = distributed.start(
         max_grad_norm=recipe.optim.max_grad_norm,
         compute_dtype=distributed.auto_dtype(recipe.policy.compute_dtype),
@@ -51,14 +51,6 @@ def train(recipe: Recipe, command: list[str]) -> ExitCode:
             return ExitCode.DONE if directory.finished else _guarded(recipe, runtime, directory)
     finally:
         distributed.leave(runtime)
-
-
-def quiet_libraries() -> None:
-    """What transformers tells of loading and saving is checked by ``models.load`` and said in our own words."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _open(recipe: Recipe, runtime: Runtime, command: list[str]) -> RunDirectory:

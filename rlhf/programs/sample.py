@@ -22,10 +22,10 @@ from rlhf.data.dropped import Dropped
 from rlhf.errors import UserError
 from rlhf.interfaces import Reward
 from rlhf.models import load
+from rlhf.models.load import quiet_libraries
 from rlhf.models.policy import ScoredModel
 from rlhf.programs.evaluation import NOISE_STEP, shown
 from rlhf.programs.hub import offline_reason
-from rlhf.programs.launch import quiet_libraries
 from rlhf.programs.run_folder import Request, RunFolder
 from rlhf.recipe import Recipe
 from rlhf.recipe.rules import reads

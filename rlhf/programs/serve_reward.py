@@ -48,8 +48,8 @@ def _serve(given: str, options: Options, token: str | None, listener: socket.soc
     import torch
     import uvicorn
 
+    from rlhf.models.load import quiet_libraries
     from rlhf.programs.evaluate import find_target
-    from rlhf.programs.launch import quiet_libraries
     from rlhf.programs.reward_queue import Scorer
     from rlhf.programs.reward_service import Service, application
     from rlhf.rewards.contract import contract_of

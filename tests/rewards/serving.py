@@ -103,6 +103,17 @@ class Script:
     asked: list[bytes] = field(default_factory=list)
 
 
+def made_up(**changes: object) -> Contract:
+    """The contract of a server whose scores are made up."""
+    digest = "0" * 64
+    values: dict[str, object] = {
+        **{"identity": digest, "name": "made-up", "model": digest, "vocabulary": digest, "chat_template": None},
+        **{"center": 0.0, "max_tokens": None, "dtype": "float32", "deterministic": True, "version": "1"},
+        **{"max_texts": 1024, "max_body_bytes": 2**24},
+    }
+    return Contract.model_validate({**values, **changes})
+
+
 @contextmanager
 def scripted(contract: Contract, *answers: Answer | Callable[[bytes], Answer]) -> Iterator[Script]:
     """A server that tells this contract truthfully and answers scores as it is told."""

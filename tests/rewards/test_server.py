@@ -12,11 +12,11 @@ import torch
 
 from rlhf.errors import ExitCode, UserError
 from rlhf.models.chat import render_completion, render_prompt
-from rlhf.rewards.contract import IDENTITY_HEADER, Contract
+from rlhf.rewards.contract import IDENTITY_HEADER
 from rlhf.rewards.replicas import Replicas
 from rlhf.rewards.server import ServerReward, _parts, describe
 from rlhf.rollout import Prompt, Rollout
-from tests.rewards.serving import TOKENIZER, Answer, Running, client, running, scripted, texts, tiny
+from tests.rewards.serving import TOKENIZER, Answer, Running, client, made_up, running, scripted, texts, tiny
 
 MODEL = tiny()
 TOKEN = "correct-horse-battery-staple"
@@ -104,38 +104,27 @@ def test_what_is_too_long_has_no_score() -> None:
 
 
 def test_a_rollout_of_nothing() -> None:
-    with scripted(contract()) as script:
+    with scripted(made_up()) as script:
         assert client(script.url).score_texts([], [], []) == [] and not script.asked
 
 
 # ---- requests
 
 
-def contract(**changes: object) -> Contract:
-    """Of a server whose scores are made up."""
-    digest = "0" * 64
-    values: dict[str, object] = {
-        **{"identity": digest, "name": "made-up", "model": digest, "vocabulary": digest, "chat_template": None},
-        **{"center": 0.0, "max_tokens": None, "dtype": "float32", "deterministic": True, "version": "1"},
-        **{"max_texts": 1024, "max_body_bytes": 2**24},
-    }
-    return Contract.model_validate({**values, **changes})
-
-
 def test_requests_keep_a_prompt_together_and_below_every_limit() -> None:
     """By hand: 30 rows of 4 a prompt, at most 10 a request, so two prompts each; then three rows by their bytes."""
-    parts = list(_parts(*texts(30), contract(max_texts=10)))
+    parts = list(_parts(*texts(30), made_up(max_texts=10)))
     assert [rows for _, rows in parts] == [8, 8, 8, 6]
     assert [len(json.loads(body)["rows"]) for body, _ in parts] == [8, 8, 8, 6]
     prompts = [Prompt(row_id=0, text="x")] * 5
-    by_bytes = list(_parts(prompts, ["é" * 40] * 5, [True] * 5, contract(max_body_bytes=400)))
+    by_bytes = list(_parts(prompts, ["é" * 40] * 5, [True] * 5, made_up(max_body_bytes=400)))
     assert [rows for _, rows in by_bytes] == [3, 2] or [rows for _, rows in by_bytes] == [2, 2, 1]
     assert all(len(body) <= 400 for body, _ in by_bytes)
 
 
 def test_what_is_sent_is_text_and_what_ended() -> None:
     prompts, completions, finished = texts(5)
-    with scripted(contract(), as_many) as script:
+    with scripted(made_up(), as_many) as script:
         assert client(script.url).score_texts(prompts, completions, finished) == [0, 1, 2, 3, 4]
     rows = json.loads(script.asked[0])["rows"]
     assert rows[0] == {
@@ -155,7 +144,7 @@ def test_what_is_sent_is_text_and_what_ended() -> None:
     ids=["500", "503", "429", "502", "cut"],
 )
 def test_what_may_pass_is_tried_again(failure: Answer) -> None:
-    with scripted(contract(), failure, failure, as_many) as script:
+    with scripted(made_up(), failure, failure, as_many) as script:
         assert client(script.url).score_texts(*texts(3)) == [0, 1, 2]
         assert len(script.asked) == 3 and len(set(script.asked)) == 1
 
@@ -172,7 +161,7 @@ def test_what_may_pass_is_tried_again(failure: Answer) -> None:
     ],
 )
 def test_what_will_not_pass_is_not(answer: Answer, said: str) -> None:
-    with scripted(contract(), answer) as script:
+    with scripted(made_up(), answer) as script:
         with pytest.raises(UserError, match=said) as info:
             client(script.url).score_texts(*texts(3))
         assert len(script.asked) == 1
@@ -204,21 +193,21 @@ def test_what_will_not_pass_is_not(answer: Answer, said: str) -> None:
     ids=range(17),
 )
 def test_an_answer_that_is_no_answer_ends_the_run(body: bytes, said: str) -> None:
-    with scripted(contract(), (200, {}, body)) as script:
+    with scripted(made_up(), (200, {}, body)) as script:
         with pytest.raises(UserError, match=said) as info:
             client(script.url).score_texts(*texts(3))
         assert len(script.asked) == 1 and info.value.code == ExitCode.REWARD_GONE
 
 
 def test_null_is_nan_and_never_zero() -> None:
-    with scripted(contract(), numbers(1.5, None, -2)) as script:
+    with scripted(made_up(), numbers(1.5, None, -2)) as script:
         scores = client(script.url).score(rollout(3))
     assert scores[[0, 2]].tolist() == [1.5, -2.0] and bool(scores[1].isnan())
 
 
 def test_a_server_that_stays_away_ends_the_run() -> None:
     told: list[str] = []
-    with scripted(contract(), (503, {}, b'{"detail": "resting"}')) as script:
+    with scripted(made_up(), (503, {}, b'{"detail": "resting"}')) as script:
         source = client(script.url, give_up_seconds=0.3, note=told.append)
         with pytest.raises(
             UserError, match=r"no reward from .* for 0.3 seconds; the last answer: .* 503: resting"
@@ -248,7 +237,7 @@ def test_another_model_in_its_place_ends_the_run() -> None:
 
 def test_an_answer_without_an_identity_is_refused() -> None:
     nameless: Answer = (200, {IDENTITY_HEADER: ""}, b'{"scores": [1]}')
-    with scripted(contract(), nameless) as script, pytest.raises(UserError, match="another model"):
+    with scripted(made_up(), nameless) as script, pytest.raises(UserError, match="another model"):
         client(script.url).score_texts(*texts(1))
 
 
@@ -256,7 +245,7 @@ def test_an_answer_without_an_identity_is_refused() -> None:
 
 
 def test_replicas_share_the_work_and_keep_its_order() -> None:
-    with scripted(contract(), as_many) as one, scripted(contract(), as_many) as two:
+    with scripted(made_up(), as_many) as one, scripted(made_up(), as_many) as two:
         found = client(one.url, two.url).score_texts(*texts(640))
     assert found == list(range(640))
     assert len(one.asked) == len(two.asked) == 5  # ten requests of 64 rows
@@ -264,29 +253,29 @@ def test_replicas_share_the_work_and_keep_its_order() -> None:
 
 def test_a_dead_replicas_work_goes_to_the_others() -> None:
     told: list[str] = []
-    with scripted(contract(), as_many) as one:
-        with scripted(contract(), as_many) as two:
+    with scripted(made_up(), as_many) as one:
+        with scripted(made_up(), as_many) as two:
             source = client(one.url, two.url, note=told.append)
         assert source.score_texts(*texts(640)) == list(range(640))
         assert len(one.asked) == 10 and len(told) == 1 and two.url in told[0]
 
 
 def test_a_replica_that_is_away_at_the_start_may_come_later() -> None:
-    with scripted(contract(), as_many) as one:
-        with scripted(contract(), as_many) as two:
+    with scripted(made_up(), as_many) as one:
+        with scripted(made_up(), as_many) as two:
             pass
         assert client(two.url, one.url).score_texts(*texts(3)) == [0, 1, 2]
 
 
 def test_replicas_hold_one_model() -> None:
-    other = contract(identity="1" * 64, name="other")
+    other = made_up(identity="1" * 64, name="other")
     said = r"holds made-up and .* holds other, two different models"
-    with scripted(contract()) as one, scripted(other) as two, pytest.raises(UserError, match=said):
+    with scripted(made_up()) as one, scripted(other) as two, pytest.raises(UserError, match=said):
         client(one.url, two.url)
 
 
 def test_a_failure_of_one_rank_is_everybodys() -> None:
-    mine, theirs = contract(), UserError("gone", ExitCode.REWARD_GONE)
+    mine, theirs = made_up(), UserError("gone", ExitCode.REWARD_GONE)
     with scripted(mine, as_many) as script:
         source = client(script.url)
         shared = ServerReward(contract=mine, replicas=source.replicas, gather=lambda own: [own, theirs])
@@ -302,7 +291,7 @@ def test_a_token_is_asked_for_and_shown_nowhere(server: Running) -> None:
     for token in (None, "wrong", TOKEN + "x"):
         with pytest.raises(UserError, match="refuses with 401: no token, or not this server's"):
             client(server.url, token=token)
-    with scripted(contract(), (400, {}, f"you sent {TOKEN}".encode())) as script:
+    with scripted(made_up(), (400, {}, f"you sent {TOKEN}".encode())) as script:
         source = client(script.url, token=TOKEN)
         with pytest.raises(UserError) as info:
             source.score_texts(*texts(1))
