@@ -9,9 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import ExitCode, UserError
 from rlhf.recipe.servers import is_loopback, token_of
+
+if TYPE_CHECKING:
+    from rlhf.programs.reward_service import Service
 
 KEEP_ALIVE_SECONDS = 120  # connections stay open while a run decodes between two scorings
 
@@ -40,29 +44,29 @@ def main(model: str, options: Options) -> ExitCode:
     _needs_the_extra()
     token = _token(options)
     with _bound(options.host, options.port) as listener:
-        _serve(model, options, token, listener)
+        _serve(_service(model, options, token), listener)
     return ExitCode.DONE
 
 
-def _serve(given: str, options: Options, token: str | None, listener: socket.socket) -> None:
+def _service(given: str, options: Options, token: str | None) -> Service:
+    """The loaded model behind its queue."""
     import torch
-    import uvicorn
 
     from rlhf.models.load import quiet_libraries
     from rlhf.programs.evaluate import find_target
     from rlhf.programs.reward_queue import Scorer
-    from rlhf.programs.reward_service import Service, application
+    from rlhf.programs.reward_service import Service
     from rlhf.rewards.contract import contract_of
     from rlhf.rewards.model import load_reward_model
     from rlhf.runtime.distributed import auto_dtype
 
-    target = find_target(given)
+    target, batch_tokens = find_target(given), options.batch_tokens
     quiet_libraries()
     model = load_reward_model(
         target.model,
         device="cuda" if torch.cuda.is_available() else "cpu",
         compute_dtype=auto_dtype(options.dtype),
-        microbatch_tokens=options.batch_tokens,
+        microbatch_tokens=batch_tokens,
     )
     contract = contract_of(
         model,
@@ -71,25 +75,43 @@ def _serve(given: str, options: Options, token: str | None, listener: socket.soc
         max_body_bytes=options.max_body_mib * 2**20,
         version=_version(),
     )
-    scorer = Scorer(
-        model, merge=not options.deterministic, budget_tokens=options.batch_tokens, waiting=options.max_waiting
-    )
-    app = application(Service(scorer, contract, token, model.tokenizer.bos_token))
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS
+    merge, waiting = not options.deterministic, options.max_waiting
+    scorer = Scorer(model, merge=merge, budget_tokens=batch_tokens, waiting=waiting)
+    return Service(scorer, contract, token, model.tokenizer.bos_token)
+
+
+def _serve(service: Service, listener: socket.socket) -> None:
+    import uvicorn
+
+    from rlhf.programs.reward_service import application
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application(service),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )
     )
     address, port = listener.getsockname()[:2]
     where = f"[{address}]" if ":" in address else address
-    print(f"{contract.name} ({contract.dtype}) is served at http://{where}:{port}", flush=True)
-    with _ending_in_order():
-        uvicorn.Server(config).run(sockets=[listener])
-    scorer.close()
+    with _ending_in_order(server):
+        contract = service.contract
+        print(f"{contract.name} ({contract.dtype}) is served at http://{where}:{port}", flush=True)
+        server.run(sockets=[listener])
+    service.scorer.close()
 
 
 @contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """uvicorn stops on a signal and then raises it once more, for whoever listened before; here nobody dies of it."""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+def _ending_in_order(server: Any) -> Iterator[None]:
+    """A signal ends the server, also one that comes before the server listens to any. Once it has ended it raises the
+    signal again, for whoever listened before; here nobody dies of it."""
+
+    def end(number: int, frame: Any) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

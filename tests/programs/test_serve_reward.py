@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -317,6 +318,14 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_reward, "find_spec", lambda name: None if name == "uvicorn" else object())
     with pytest.raises(UserError, match=r"needs uvicorn, .* pip install 'rlhf\[serve\]'"):
         serve_reward.main("nothing", Options())
+
+
+def test_a_signal_that_comes_before_the_server_listens_to_any_ends_it_too() -> None:
+    server = SimpleNamespace(should_exit=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with serve_reward._ending_in_order(server):
+        signal.raise_signal(signal.SIGTERM)
+    assert server.should_exit and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_ends_it_after_the_requests_it_has_accepted(tmp_path: Path) -> None:
