@@ -77,7 +77,7 @@ def test_sixty_four_clients_lose_nothing(deterministic: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow  # half a minute: ten thousand texts through a tiny model
+@pytest.mark.slow  # ten seconds: ten thousand texts through a tiny model
 def test_ten_thousand_texts_keep_their_order(server: Running) -> None:
     given = texts(10_000)
     found = torch.tensor(client(server.url, token=TOKEN, give_up_seconds=300.0).score_texts(*given))
