@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -27,6 +28,15 @@ app = typer.Typer(
     "75 reward source gone, 143 preempted after a save, 1 a bug of ours.",
 )
 app.add_typer(shipped.app, name="recipes")
+
+
+class Dtype(StrEnum):
+    """Arithmetic of a forward."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A file, or a shipped name such as `quickstart/reinforce`.")
@@ -322,6 +332,60 @@ def serve_policy(
     from rlhf.programs.serve_policy import serve
 
     raise typer.Exit(serve(ready, host, port, given[first:]))
+
+
+@app.command(name="serve-reward")
+def serve_reward(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A reward run such as `runs/my-run-reward`, a model folder, a hub id."),
+    ],
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Who can ask; 0.0.0.0 = every machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 = a free one, which is printed.")] = 8100,
+    token_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Environment variable that holds the bearer token.", show_default=False),
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of one forward.")] = 16384,
+    dtype: Annotated[Dtype, typer.Option(help="Arithmetic; auto: bf16 where the hardware has it.")] = Dtype.auto,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic/--batched", help="A request has forwards of its own, or shares them with others that wait."
+        ),
+    ] = True,
+    max_texts: Annotated[int, typer.Option(min=1, metavar="N", help="Texts of one request.")] = 1024,
+    max_body_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Size of one request (MiB).")] = 16,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Requests that wait; one more is told to come back (503).")
+    ] = 64,
+) -> None:
+    """Serve a reward model over HTTP, so that runs elsewhere can use it: `reward.models.0.url=http://host:8100`.
+
+    `rlhf serve-reward runs/quickstart-reward`
+
+    Only this machine reaches it unless `--host` says otherwise; then a token is asked for:
+
+    `RLHF_REWARD_TOKEN=… rlhf serve-reward my-org/rm --host 0.0.0.0 --token-env RLHF_REWARD_TOKEN`
+
+    With `--deterministic` a score is the same to the last bit whoever else asks. `--batched` is faster for many small
+    requests, and scores then differ in their last digits. Several servers of one model share the work of a run that
+    names them all. SIGTERM ends it after the requests that it has accepted. More: docs/reward_server.md.
+    """
+    from rlhf.programs import serve_reward as program
+
+    options = program.Options(
+        host=host,
+        port=port,
+        token_env=token_env,
+        batch_tokens=batch_tokens,
+        dtype=dtype.value,
+        deterministic=deterministic,
+        max_texts=max_texts,
+        max_body_mib=max_body_mib,
+        max_waiting=max_waiting,
+    )
+    _leave(program.main(model, options))
 
 
 @app.command()

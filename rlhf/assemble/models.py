@@ -126,7 +126,9 @@ def critic(recipe: Recipe, tokenizer: Any, policy: nn.Module, note: Callable[[st
         if judge is not None and load.load_tokenizer(judge, what="reward model").get_vocab() == tokenizer.get_vocab():
             path = judge
         else:
-            why = "there is no reward model" if judge is None else f"{judge} has another vocabulary"
+            served = bool(recipe.reward.models) and recipe.reward.models[0].url is not None
+            nothing = "the reward model is a server's" if served else "there is no reward model"
+            why = nothing if judge is None else f"{judge} has another vocabulary"
             note(f"value.init: {why}, so the value model starts from the policy with a new head")
     if path is None:
         model: Any = scratch.build_reward_model(_scratch_config(recipe, tokenizer), recipe.run.seed)

@@ -38,7 +38,8 @@ def build(recipe: Recipe, session: Session) -> Job:
     data.tell(session.note, "data.train", report)
     prompts = streams.by_prompt(pairs)
     steps = recipe.run.steps or math.ceil(len(prompts) / size)
-    judges = rewards.with_judges(recipe, runtime, rewards.reward_set(recipe, runtime, steps=steps), steps=steps)
+    scores = rewards.reward_set(recipe, runtime, session.note, steps=steps)
+    judges = rewards.with_judges(recipe, runtime, scores, session.note, steps=steps)
     held_out = _held_out(recipe, session, tokenizer, pairs) if judges.models or judges.functions else []
     trained = models.scored(recipe, runtime, models.causal_lm(recipe, tokenizer))
     anchor: Reference | None = models.reference(recipe, trained, runtime)

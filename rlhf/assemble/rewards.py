@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, Any
 
 from rlhf.assemble import models
+from rlhf.interfaces import Reward
 from rlhf.locate import named_code
 from rlhf.recipe import Recipe
+from rlhf.recipe.rules import reward_sources
+from rlhf.recipe.sections import RewardSource
+from rlhf.recipe.servers import addresses, token_of
 from rlhf.rewards.combine import RewardSet
 from rlhf.rewards.functions import FunctionReward
-from rlhf.rewards.model import RewardModel, load_reward_model
+from rlhf.rewards.model import load_reward_model
 from rlhf.runtime.distributed import Runtime
 
+if TYPE_CHECKING:
+    from rlhf.rewards.replicas import Replicas
+    from rlhf.rewards.server import ServerReward
 
-def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
+Note = Callable[[str], None]
+
+
+def reward_set(recipe: Recipe, runtime: Runtime, note: Note, *, steps: int) -> RewardSet:
     """Every reward source with its weight."""
     settings = recipe.reward
     overlong = settings.overlong
     return RewardSet(
         models=[
-            (
-                reward_model(recipe, runtime, cast(str, entry.path), entry.microbatch_tokens, entry.placement),
-                entry.weight,
-            )
-            for entry in settings.models
+            (reward_model(recipe, runtime, f"reward.models.{index}", entry, note), entry.weight)
+            for index, entry in enumerate(settings.models)
         ],
         functions=[reward_function(entry.call, entry.weight, steps=steps) for entry in settings.functions],
         combine=settings.combine,
@@ -34,25 +42,59 @@ def reward_set(recipe: Recipe, runtime: Runtime, *, steps: int) -> RewardSet:
     )
 
 
-def with_judges(recipe: Recipe, runtime: Runtime, trained: RewardSet, *, steps: int) -> RewardSet:
+def with_judges(recipe: Recipe, runtime: Runtime, trained: RewardSet, note: Note, *, steps: int) -> RewardSet:
     """The same rewards, and the judges of section ``eval`` as sources of weight 0: logged on held-out rows only."""
-    judges = [(reward_model(recipe, runtime, entry.path, entry.microbatch_tokens), 0.0) for entry in recipe.eval.models]
+    judges = [
+        (reward_model(recipe, runtime, f"eval.models.{index}", entry, note), 0.0)
+        for index, entry in enumerate(recipe.eval.models)
+    ]
     functions = [reward_function(call, 0.0, steps=steps) for call in recipe.eval.functions]
     return replace(trained, models=[*trained.models, *judges], functions=[*trained.functions, *functions])
 
 
-def reward_model(
-    recipe: Recipe, runtime: Runtime, path: str, microbatch_tokens: int | None, placement: str = "auto"
-) -> RewardModel:
-    """One frozen reward model."""
+def reward_model(recipe: Recipe, runtime: Runtime, key: str, entry: RewardSource, note: Note) -> Reward:
+    """One frozen reward model, on this device or behind a server. ``key``: the entry's place in the recipe."""
+    if entry.path is None:
+        return served(key, entry, note, runtime.gather_objects)
     return load_reward_model(
-        path,
+        entry.path,
         device=runtime.device,
         compute_dtype=models.compute_dtype(recipe),
-        microbatch_tokens=microbatch_tokens or recipe.batch.microbatch_tokens,
-        placement=models.placement(placement),
+        microbatch_tokens=entry.microbatch_tokens or recipe.batch.microbatch_tokens,
+        placement=models.placement(getattr(entry, "placement", "auto")),
         collective=runtime,
     )
+
+
+def served(
+    key: str, entry: RewardSource, note: Note, gather: Callable[[Any], list[Any]] = lambda value: [value]
+) -> ServerReward:
+    """What the servers of an entry hold, and how they are asked. Raises UserError where they do not answer."""
+    from rlhf.rewards.server import connect  # an extra is needed for this
+
+    return connect(replicas_of(key, entry, note), gather)
+
+
+def replicas_of(key: str, entry: RewardSource, note: Note = lambda text: None) -> Replicas:
+    """The servers that an entry names."""
+    from rlhf.rewards.replicas import Replicas
+
+    return Replicas(
+        key=f"{key}.url",
+        urls=tuple(addresses(entry.url or "")),
+        token=None if entry.token_env is None else token_of(entry.token_env),
+        give_up_seconds=entry.give_up_seconds,
+        note=note,
+    )
+
+
+def served_identities(recipe: Recipe, note: Note) -> dict[str, str]:
+    """Dotted key → identity of the model that every named server holds now: an input of the run like a folder is."""
+    return {
+        f"{'.'.join(map(str, here))}.url": served(".".join(map(str, here)), entry, note).contract.identity
+        for here, entry in reward_sources(recipe)
+        if entry.url is not None
+    }
 
 
 def reward_function(call: str, weight: float, *, steps: int) -> FunctionReward:

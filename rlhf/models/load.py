@@ -25,6 +25,14 @@ class LoraSpec:
     targets: Literal["all-linear"] | Sequence[str] = "all-linear"
 
 
+def quiet_libraries() -> None:
+    """What transformers tells of loading and saving is checked here and said in our own words."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def load_tokenizer(path: str, *, what: str = "policy.path") -> Any:
     """Raises UserError where there is no tokenizer, or no pad token that differs from the stop tokens."""
     from transformers import AutoTokenizer

@@ -19,13 +19,13 @@ from rlhf.assemble import models
 from rlhf.data import load
 from rlhf.errors import UserError
 from rlhf.models.chat import render_completion, render_prompt
+from rlhf.models.load import quiet_libraries
 from rlhf.programs import check_show as show
-from rlhf.programs.hub import offline_reason
-from rlhf.programs.launch import quiet_libraries
+from rlhf.programs.hub import PATIENCE_SECONDS, offline_reason
 from rlhf.programs.streams import by_prompt
 from rlhf.recipe import Recipe
 from rlhf.recipe.paths import place
-from rlhf.recipe.rules import reads
+from rlhf.recipe.rules import reads, reward_sources
 from rlhf.recipe.schema import DataSource
 
 ROWS = 10_000  # looked at per source: a table of lengths needs no more, and rendering them takes seconds
@@ -93,8 +93,23 @@ def describe_data(recipe: Recipe, rows: int = ROWS) -> None:
     if tokenizer is not None:
         for line in show.special_tokens(tokenizer, recipe.policy.path):
             findings.out("special", line)
+    for line in served(recipe):
+        findings.out("server", line)
     if findings.errors:
         raise UserError("\n".join(findings.errors))
+
+
+def served(recipe: Recipe) -> Iterator[str]:
+    """What each named reward server holds now, asked once. One that does not answer stops nothing: it may be started
+    later, or be out of this machine's reach only."""
+    for here, entry in reward_sources(recipe):
+        if entry.url is None:
+            continue
+        from rlhf.assemble.rewards import replicas_of
+        from rlhf.rewards.server import describe
+
+        hasty = entry.model_copy(update={"give_up_seconds": 2 * PATIENCE_SECONDS})
+        yield from describe(replicas_of(".".join(map(str, here)), hasty))
 
 
 def _paths(recipe: Recipe) -> list[str]:

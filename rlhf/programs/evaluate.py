@@ -48,8 +48,8 @@ def main(
     """Evaluates a run directory or a model; prints a table and writes the figures. Raises UserError for bad input."""
     target = find_target(given)
     recipe = settings(target, data, overrides)
+    from rlhf.models.load import quiet_libraries
     from rlhf.programs import evaluate_reward
-    from rlhf.programs.launch import quiet_libraries
 
     quiet_libraries()
     found = evaluate_reward.evaluate(recipe, by)

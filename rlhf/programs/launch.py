@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from rlhf import assemble
+from rlhf.assemble.rewards import served_identities
 from rlhf.errors import ExitCode, UserError
 from rlhf.interfaces import TrainState
 from rlhf.models import load
@@ -32,9 +33,10 @@ from rlhf.tracking.tracker import build_tracker
 _OF_ONE_RANK = (ExitCode.USER, ExitCode.REWARD_GONE)  # may end a single process; the others are told of the rest
 # Keys that may differ when a run is resumed: they change what is seen of a run or when it pauses, nothing it computes.
 _FREE = (
-    *("run.resume", "run.max_seconds", "run.memory_check", "tracking."),
+    *("run.resume", "run.max_seconds", "run.memory_check", "tracking.", "rollout.push_folder"),
     *("checkpoint.keep", "checkpoint.every_steps", "batch.activations"),
 )
+_FREE_ENDS = (".url", ".token_env", ".give_up_seconds")  # where a server lies; what a reward server holds is pinned
 
 
 def train(recipe: Recipe, command: list[str]) -> ExitCode:
@@ -42,7 +44,7 @@ def train(recipe: Recipe, command: list[str]) -> ExitCode:
 
     Raises UserError for input that cannot work before the run directory is open.
     """
-    quiet_libraries()
+    load.quiet_libraries()
     runtime = distributed.start(
         max_grad_norm=recipe.optim.max_grad_norm,
         compute_dtype=distributed.auto_dtype(recipe.policy.compute_dtype),
@@ -57,20 +59,12 @@ def train(recipe: Recipe, command: list[str]) -> ExitCode:
         distributed.leave(runtime)
 
 
-def quiet_libraries() -> None:
-    """What transformers tells of loading and saving is checked by ``models.load`` and said in our own words."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 def _open(recipe: Recipe, runtime: Runtime, command: list[str]) -> RunDirectory:
     """Rank 0 opens the directory; the others are told the answer, a refusal included."""
 
     def changed(old: str) -> list[str]:
         keys = recipe.differences(Recipe.model_validate(yaml.safe_load(old)))
-        return [key for key in keys if not key.startswith(_FREE)]
+        return [key for key in keys if not key.startswith(_FREE) and not key.endswith(_FREE_ENDS)]
 
     answer: RunDirectory | UserError | None = None
     if runtime.main:
@@ -122,7 +116,8 @@ def _pin(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> None:
     refusal: UserError | None = None
     if runtime.main:
         try:
-            directory.pin({key: fingerprint(path) for key, path in local_inputs(recipe).items()})
+            files = {key: fingerprint(path) for key, path in local_inputs(recipe).items()}
+            directory.pin(files | served_identities(recipe, partial(_say, runtime)))
         except UserError as error:
             refusal = error
     refusal = runtime.gather_objects(refusal)[0]

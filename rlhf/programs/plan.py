@@ -12,6 +12,7 @@ from rlhf.assemble import planning
 from rlhf.assemble.shapes import Shapes
 from rlhf.errors import ExitCode, UserError
 from rlhf.locate import accelerate_config_file
+from rlhf.models.load import quiet_libraries
 from rlhf.planning import cards, changes
 from rlhf.planning.placement import Placement, read_placement
 from rlhf.planning.plan import Plan, make_plan
@@ -19,7 +20,6 @@ from rlhf.planning.setup import Machine
 from rlhf.planning.sizes import parse_bytes, shown
 from rlhf.programs import plan_show
 from rlhf.programs.hub import offline_reason
-from rlhf.programs.launch import quiet_libraries
 from rlhf.recipe import Recipe
 
 

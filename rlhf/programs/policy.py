@@ -24,9 +24,9 @@ def train(run: PolicyRun, state: TrainState) -> TrainState:
         prompts, slots = run.prompts.at(step)
         with clock("sample"):
             rollout = run.sampler.sample(causal_lm(run.model), prompts, slots, step)  # y ~ π(·|x), k per prompt
-        with clock("score"):
+        with clock("score"), session.rescue(state, run.model, run.updater.optimizer):
             rollout = run.rewards.score(rollout, step)  # r(x, y)
-        with clock("reference"):
+        with clock("reference"), session.rescue(state, run.model, run.updater.optimizer):
             rollout = needs.fill(run, rollout, prompts, slots, step)  # log π_ref, and what else the objective asks for
         rollout, state = run.objective.prepare(rollout, state, runtime)  # baselines, advantages
         with clock("update"):

@@ -22,10 +22,10 @@ from rlhf.data.dropped import Dropped
 from rlhf.errors import UserError
 from rlhf.interfaces import Reward
 from rlhf.models import load
+from rlhf.models.load import quiet_libraries
 from rlhf.models.policy import ScoredModel
 from rlhf.programs.evaluation import NOISE_STEP, shown
 from rlhf.programs.hub import offline_reason
-from rlhf.programs.launch import quiet_libraries
 from rlhf.programs.run_folder import Request, RunFolder
 from rlhf.recipe import Recipe
 from rlhf.recipe.rules import reads
@@ -220,9 +220,9 @@ def _scorer(recipe: Recipe, runtime: Runtime, note: Note) -> Scorer:
     scorer = Scorer(note)
     if not reads(recipe, "reward"):
         return scorer
-    for model in recipe.reward.models:
-        load = partial(rewards.reward_model, recipe, runtime, str(model.path), model.microbatch_tokens)
-        scorer.add(str(model.path), load)
+    for index, model in enumerate(recipe.reward.models):
+        load = partial(rewards.reward_model, recipe, runtime, f"reward.models.{index}", model, note)
+        scorer.add(str(model.path or model.url), load)
     for function in recipe.reward.functions:
         scorer.add(
             function.call, partial(rewards.reward_function, function.call, function.weight, steps=recipe.run.steps or 0)

@@ -91,6 +91,17 @@ class Session:
                 f"stopped after step {step}: {why}; the same command goes on from there", ExitCode.PREEMPTED
             )
 
+    @contextmanager
+    def rescue(self, state: TrainState, model: nn.Module, optimizer: Any) -> Iterator[None]:
+        """Where the reward source is gone for good, saves the last whole step, so that no more than this one is lost.
+        Every rank hears of it (``ServerReward.score``), so all of them take part."""
+        try:
+            yield
+        except UserError as error:
+            if error.code == ExitCode.REWARD_GONE and state.step > 0:
+                self._save(state.step, state, model, optimizer)
+            raise
+
     def resume(self, path: Path, model: nn.Module, optimizer: Any) -> TrainState:
         """Loads weights, optimizer, RNG and state of a checkpoint that was verified file by file."""
         loaded = store.load_checkpoint(path)

@@ -17,9 +17,10 @@ from rlhf.errors import UserError
 from rlhf.locate import command_name, shipped_recipes
 from rlhf.objectives.presets import is_dotted
 from rlhf.recipe.marks import KeyPath, Problem, read_file
-from rlhf.recipe.rules import on_policy, reads
+from rlhf.recipe.rules import on_policy, reads, reward_sources
 from rlhf.recipe.schema import DataSource, Recipe, fill
 from rlhf.recipe.sections import Run
+from rlhf.recipe.servers import token_of
 from rlhf.recipe.validate import Rule
 from rlhf.recipe.wording import is_secret, near, shown
 
@@ -75,7 +76,15 @@ def path_rules(folder: Path | None) -> list[Rule]:
         for key, value in _model_paths(recipe):
             yield from _model_problems(key, value, folder)
 
-    return [_output_is_a_place_of_its_own, _no_variables, _data_exists, models_exist, _code_exists, _fits_the_context]
+    return [
+        _output_is_a_place_of_its_own,
+        _no_variables,
+        _data_exists,
+        models_exist,
+        _tokens_are_set,
+        _code_exists,
+        _fits_the_context,
+    ]
 
 
 def _output_is_a_place_of_its_own(recipe: Recipe) -> Iterator[Problem]:
@@ -126,6 +135,16 @@ def _no_variables(recipe: Recipe) -> Iterator[Problem]:
 def _data_exists(recipe: Recipe) -> Iterator[Problem]:
     for key, value in _data_paths(recipe):
         yield from _data_problems(key, value)
+
+
+def _tokens_are_set(recipe: Recipe) -> Iterator[Problem]:
+    for here, source in reward_sources(recipe):
+        if source.url is None or source.token_env is None:
+            continue
+        try:
+            token_of(source.token_env)
+        except UserError as error:
+            yield Problem((*here, "token_env"), str(error))
 
 
 def _code_exists(recipe: Recipe) -> Iterator[Problem]:
@@ -220,13 +239,9 @@ def _model_paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("policy", "tokenizer"), recipe.policy.tokenizer
     if reads(recipe, "reference") and recipe.reference.path is not None:
         yield ("reference", "path"), recipe.reference.path
-    if reads(recipe, "reward"):
-        for index, model in enumerate(recipe.reward.models):
-            if model.path is not None:
-                yield ("reward", "models", index, "path"), model.path
-    if on_policy(recipe):
-        for index, judge in enumerate(recipe.eval.models):
-            yield ("eval", "models", index, "path"), judge.path
+    for here, source in reward_sources(recipe):
+        if source.path is not None:
+            yield (*here, "path"), source.path
 
 
 def _data_paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 from rlhf.objectives.presets import OBJECTIVES
-from rlhf.recipe.rules import family, on_policy, reads
+from rlhf.recipe.rules import family, on_policy, reads, reward_sources
 from rlhf.recipe.schema import Recipe
+from rlhf.recipe.servers import unencrypted
 
 _REMARKS: list[Callable[[Recipe], Iterator[str]]] = []
 _SEQUENCE_BASELINES = ("moving_average", "batch_mean", "greedy", "shrinkage", "optimal_token")
@@ -67,6 +68,14 @@ def one_kind_of_kl(recipe: Recipe) -> Iterator[str]:
 def one_model_is_no_ensemble(recipe: Recipe) -> Iterator[str]:
     if reads(recipe, "reward") and recipe.reward.combine != "mean" and len(recipe.reward.models) == 1:
         yield f"reward.combine: {recipe.reward.combine} of a single model is that model"
+
+
+@remark
+def rewards_come_over_a_network(recipe: Recipe) -> Iterator[str]:
+    for here, source in reward_sources(recipe):
+        key = ".".join(map(str, here))
+        for address in unencrypted(source.url or ""):
+            yield f"{key}.url: {address} is plain http over a network, where texts and the token can be read"
 
 
 @remark

@@ -11,8 +11,10 @@ from functools import reduce
 from importlib.util import find_spec
 
 from rlhf.objectives.presets import NOT_IN_THIS_VERSION, OBJECTIVES, Program, is_dotted, preset
-from rlhf.recipe.marks import Problem
+from rlhf.recipe.marks import KeyPath, Problem
 from rlhf.recipe.schema import Recipe
+from rlhf.recipe.sections import RewardModel, RewardSource
+from rlhf.recipe.servers import wrong_addresses
 from rlhf.recipe.validate import Rule
 from rlhf.recipe.wording import near, shown
 
@@ -55,6 +57,16 @@ def family(recipe: Recipe) -> bool:
 def on_policy(recipe: Recipe) -> bool:
     """Whether the objective reads what the loop that samples from the policy does."""
     return reads(recipe, "rollout")
+
+
+def reward_sources(recipe: Recipe) -> Iterator[tuple[KeyPath, RewardSource]]:
+    """Key and entry of every reward model that the objective reads: those of the reward, and held-out judges."""
+    if reads(recipe, "reward"):
+        for index, model in enumerate(recipe.reward.models):
+            yield ("reward", "models", index), model
+    if on_policy(recipe):
+        for index, judge in enumerate(recipe.eval.models):
+            yield ("eval", "models", index), judge
 
 
 def program_of(recipe: Recipe) -> Program:
@@ -198,19 +210,31 @@ def reinforce_has_something_to_maximise(recipe: Recipe) -> Iterator[Problem]:
 
 @rule
 def reward_models_are_reachable(recipe: Recipe) -> Iterator[Problem]:
-    if not reads(recipe, "reward"):
-        return
-    for index, model in enumerate(recipe.reward.models):
-        here = ("reward", "models", index)
-        if (model.path is None) == (model.url is None):
-            what = "neither path nor url" if model.path is None else "both path and url"
-            yield Problem(here, f"{what} given; a reward model is a folder or hub id (`path:`)")
-        elif model.url is not None:
-            yield Problem((*here, "url"), "reward servers are not in this version; use path")
-        elif model.token_env is not None:
-            yield Problem((*here, "token_env"), "only a server asks for a token; remove it")
-        if model.placement == "quantized":
-            yield Problem((*here, "placement"), f"{model.placement} is not in this version; set auto")
+    for here, source in reward_sources(recipe):
+        if (source.path is None) == (source.url is None):
+            what = "neither path nor url" if source.path is None else "both path and url"
+            yield Problem(here, f"{what} given; a reward model is a folder or hub id (`path:`), or a server (`url:`)")
+        else:
+            yield from _served(here, source) if source.url is not None else _loaded(here, source)
+
+
+def _served(here: KeyPath, source: RewardSource) -> Iterator[Problem]:
+    if (wrong := wrong_addresses(source.url or "")) is not None:
+        yield Problem((*here, "url"), wrong)
+    if find_spec("httpx") is None or find_spec("tenacity") is None:
+        yield Problem((*here, "url"), "asking a server needs httpx and tenacity; `pip install 'rlhf[serve]'`")
+    if source.microbatch_tokens is not None:
+        yield Problem((*here, "microbatch_tokens"), "a server cuts its own forwards (--batch-tokens); remove it")
+    if isinstance(source, RewardModel) and source.placement != "auto":
+        yield Problem((*here, "placement"), "a server's weights lie where it runs; set auto")
+
+
+def _loaded(here: KeyPath, source: RewardSource) -> Iterator[Problem]:
+    for key in ("token_env", "give_up_seconds"):
+        if key in source.model_fields_set and getattr(source, key) != RewardSource.model_fields[key].default:
+            yield Problem((*here, key), "only a server (`url:`) is asked over a network; remove it")
+    if isinstance(source, RewardModel) and source.placement == "quantized":
+        yield Problem((*here, "placement"), f"{source.placement} is not in this version; set auto")
 
 
 @rule
@@ -264,7 +288,8 @@ def the_critic_can_be_made(recipe: Recipe) -> Iterator[Problem]:
     if not reads(recipe, "value") or is_dotted(recipe.objective):
         return
     scratch, settings = recipe.policy.scratch, recipe.value
-    of_policy = not settings.shared and (settings.init != "reward" or not recipe.reward.models)
+    here = bool(recipe.reward.models) and recipe.reward.models[0].path is not None
+    of_policy = not settings.shared and (settings.init != "reward" or not here)
     if of_policy and scratch is not None and scratch.family == "gemma4":
         yield Problem(("policy", "scratch", "family"), "gemma4 has no class with a scalar head; use gemma3")
     if settings.shared and settings.warmup_steps:

@@ -170,21 +170,34 @@ class Value(Section):
     warmup_steps: int = Field(default=0, ge=0, description="The first rollouts train it alone.")
 
 
-class RewardModel(Section):
-    """One reward model: a folder or hub id, or a server."""
+class RewardSource(Section):
+    """One reward model: a folder or hub id, or behind a server."""
 
     path: str | None = Field(default=None, min_length=1, description="Hub id or local folder; give this or `url`.")
-    url: str | None = Field(default=None, min_length=1, description="A reward server.")
+    url: str | None = Field(
+        default=None,
+        min_length=1,
+        description="`rlhf serve-reward`, as http://host:port; several that hold one model with commas between them.",
+    )
     token_env: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="Name of the environment variable with its token.",
+        description="Name of the environment variable with the server's token.",
     )
-    weight: float = Field(default=1.0, description="Share in `combine`; 0 = logged, not trained on.")
-    placement: Placement = Field(default="auto", description=PLACEMENT)
+    give_up_seconds: Annotated[float, Field(gt=0, le=1500)] = Field(
+        default=600.0,
+        description="A server that stays away for so long ends the run, which can be resumed (exit code 75).",
+    )
     microbatch_tokens: Count | None = Field(
         default=None, description="Tokens of one forward; null = `batch.microbatch_tokens`."
     )
+
+
+class RewardModel(RewardSource):
+    """A reward model that is trained on."""
+
+    weight: float = Field(default=1.0, description="Share in `combine`; 0 = logged, not trained on.")
+    placement: Placement = Field(default="auto", description=PLACEMENT)
 
 
 class RewardFunction(Section):
@@ -448,13 +461,8 @@ class Batch(Section):
     )
 
 
-class EvalModel(Section):
+class EvalModel(RewardSource):
     """A reward model that judges held-out completions and is never trained on."""
-
-    path: str = Field(min_length=1, description="Hub id or local folder.")
-    microbatch_tokens: Count | None = Field(
-        default=None, description="Tokens of one forward; null = `batch.microbatch_tokens`."
-    )
 
 
 class Eval(Section):

@@ -71,9 +71,14 @@ class RewardModel:
         self, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool] | None = None
     ) -> Tensor:
         """[B] float32 on the CPU: the scores of completions given as text; finished None = all are."""
-        rows = self._rows(prompts, texts, finished or [True] * len(texts))
+        return self.score_rows(prompts, self.render(prompts, texts, finished or [True] * len(texts)))
+
+    def score_rows(self, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]]) -> Tensor:
+        """[B] float32 on the CPU: the scores of rows that ``render`` made of these prompts; NaN for one without tokens
+        or of more than the context holds. Rows whose prompt is one object may share a forward's row."""
         scores = torch.full((len(rows),), torch.nan)
-        fitting = [i for i, row in enumerate(rows) if self.max_tokens is None or len(row) <= self.max_tokens]
+        limit = self.max_tokens
+        fitting = [i for i, row in enumerate(rows) if row and (limit is None or len(row) <= limit)]
         groups = self._groups(prompts, rows, fitting)
         sizes = [Size.of([0], [shared_length([rows[i] for i in group])]) for group in groups]
         with self._placed.use():
@@ -126,9 +131,11 @@ class RewardModel:
 
     def token_rows(self, rollout: Rollout) -> list[list[int]]:
         """Prompt and completion in this model's own tokens, [B] lists."""
-        return self._rows(rollout.prompts, rollout.texts, rollout.finished.tolist())
+        return self.render(rollout.prompts, rollout.texts, rollout.finished.tolist())
 
-    def _rows(self, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool]) -> list[list[int]]:
+    def render(self, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool]) -> list[list[int]]:
+        """Prompts and completions in this model's own tokens, [B] lists. Raises UserError where its template refuses a
+        conversation."""
         rendered: dict[int, list[int]] = {}
         for prompt in prompts:  # the k completions of a prompt share the object
             if id(prompt) not in rendered:

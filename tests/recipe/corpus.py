@@ -35,6 +35,12 @@ class Broken:
     line: int = 0
 
 
+def served(url: str, *more: str) -> str:
+    """With a reward server, and further keys of its entry."""
+    entry = ", ".join([f"url: '{url}'", *more])
+    return recipe(reward=f"reward: {{models: [{{{entry}}}]}}")
+
+
 TOKEN = "hf_" + "aB3" * 10
 BOMB = "a: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 8)
@@ -206,7 +212,30 @@ MEANING: dict[str, Broken] = {
         recipe(reward="reward: {models: [{path: model, url: 'http://h:1'}]}"), "both path and url", line=4
     ),
     "reward neither path nor url": b(recipe(reward="reward: {models: [{weight: 1}]}"), "neither path nor url", line=4),
-    "reward server": b(recipe(reward="reward: {models: [{url: 'http://h:1'}]}"), "servers are not in this version"),
+    "no server's address": b(served("localhost:8100"), "'localhost:8100' is no address of a server", line=4),
+    "another protocol": b(served("file:///etc/passwd"), "is no address of a server", line=4),
+    "no port": b(served("http://h:99999"), "'http://h:99999' is no address", line=4),
+    "where clouds keep secrets": b(served("http://169.254.169.254/x"), "is link-local", line=4),
+    "a question behind the path": b(served("http://h:1/?a=b"), "has something behind its path", line=4),
+    "the same server twice": b(served("http://h:1,http://h:1/"), "names a server twice", line=4),
+    "a list without servers": b(served(" , "), "names no server", line=4),
+    "one bad server of two": b(served("http://h:1, h:2"), "'h:2' is no address of a server", line=4),
+    "forwards of a server": b(served("http://h:1", "microbatch_tokens: 8"), "a server cuts its own forwards", line=4),
+    "place of a server": b(
+        served("http://h:1", "placement: replicate"), "a server's weights lie where it runs", line=4
+    ),
+    "no token": b(served("http://h:1", "token_env: NOT_SET_ANYWHERE"), "NOT_SET_ANYWHERE is not set", line=4),
+    "token instead of its name": b(served("http://h:1", "token_env: a-b"), "Name of the environment variable", line=4),
+    "no server to give up": b(
+        recipe(reward="reward: {models: [{path: model, give_up_seconds: 5}]}"),
+        "only a server (`url:`) is asked",
+        line=4,
+    ),
+    "endless patience": b(served("http://h:1", "give_up_seconds: 9000"), "less than or equal to 1500", line=4),
+    "judge path and url": b(
+        recipe(eval="eval: {models: [{path: model, url: 'http://h:1'}]}"), "eval.models.0: both path and url", line=6
+    ),
+    "judge without a path": b(recipe(eval="eval: {models: [{}]}"), "eval.models.0: neither path nor url", line=6),
     "sharded reward model": b(
         recipe(reward="reward: {models: [{path: model, placement: quantized}]}"),
         "quantized is not in this version",
@@ -288,6 +317,9 @@ CORPUS: dict[str, Broken] = {**TYPES, **STRUCTURE, **MEANING}
 
 VALID: dict[str, str] = {
     "the plain one": recipe(),
+    "a reward server": served("http://127.0.0.1:8100", "weight: 2"),
+    "several of one model": served("http://one:8100, https://two.example/rm/", "give_up_seconds: 60"),
+    "a server as a judge": recipe(eval="eval: {models: [{url: 'http://localhost:1'}]}"),
     "1e-6 is a number": lr("1e-6"),
     "an integer is a number": lr("1"),
     "a leading point": lr(".5"),

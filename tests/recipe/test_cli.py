@@ -40,7 +40,11 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "check", "plan", "quickstart", "evaluate", "report", "recipes", "sample", "env"]
+    "command",
+    [
+        *("train", "check", "plan", "quickstart", "evaluate", "report", "recipes", "sample", "merge"),
+        *("serve-reward", "serve-policy", "env"),
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"])

@@ -52,6 +52,10 @@ def test_an_outside_objective_may_read_any_section() -> None:
         (["checkpoint.every_steps=10"], "checkpoint.every_steps is 10 and the run has 3 steps"),
         (["policy={scratch: {}}"], "start from random weights"),
         (["data.eval=[]"], "data.eval is empty"),
+        (
+            ["reward.models=[{url: 'http://127.0.0.1:1,http://10.0.0.1:1'}]"],
+            "http://10.0.0.1:1 is plain http over a net",
+        ),
         (["data.eval.0.path=rows.jsonl"], "data.eval.0 is also a training source"),
         (["data.instruction.0.path=rows.jsonl"], "not read while instruction.coefficient is 0"),
     ],
@@ -61,7 +65,15 @@ def test_a_remark(overrides: list[str], said: str) -> None:
     assert said in found
 
 
-@pytest.mark.parametrize("overrides", [["kl.credit=to_go"], ["kl.beta=0", "kl.loss_beta=0.1"], ["kl.estimator=exact"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["kl.credit=to_go"],
+        ["kl.beta=0", "kl.loss_beta=0.1"],
+        ["kl.estimator=exact"],
+        ["reward.models=[{url: 'http://localhost:1,http://[::1]:1,https://10.0.0.1'}]"],
+    ],
+)
 def test_no_remark(overrides: list[str]) -> None:
     assert remarks(load(*overrides)) == []
 

@@ -48,7 +48,7 @@ def test_a_group_that_would_be_too_long_is_split(monkeypatch: pytest.MonkeyPatch
     alone = judge("gemma", shared=False).score_texts(prompts, TEXTS)
     monkeypatch.setattr(rewards, "LONGEST_SHARED", 40)
     source = judge("gemma")
-    groups = source._groups(prompts, source._rows(prompts, TEXTS, [True] * 4), [0, 1, 2, 3])
+    groups = source._groups(prompts, source.render(prompts, TEXTS, [True] * 4), [0, 1, 2, 3])
     assert 1 < len(groups) < 4 and sorted(i for group in groups for i in group) == [0, 1, 2, 3]
     torch.testing.assert_close(source.score_texts(prompts, TEXTS), alone, rtol=0, atol=1e-6)
 

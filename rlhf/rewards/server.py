@@ -1,0 +1,198 @@
+"""A reward model behind HTTP (``rlhf serve-reward``) as a source of scores. Text is the interface.
+
+What a server holds is asked for at the start and compared with every answer: another model in its place would change
+the reward without an error, and ends the run instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from rlhf.errors import ExitCode, UserError
+from rlhf.rewards.contract import CONTRACT_PATH, IDENTITY_HEADER, SCORE_PATH, Contract
+from rlhf.rewards.replicas import Away, Replicas, Reply
+from rlhf.rollout import Prompt, Rollout
+
+ROWS, BYTES = 64, 2**20  # of one request: enough for a forward, and little to send again
+IN_FLIGHT = 4  # requests to each server at once: it is never idle, and others get their turn
+START_SECONDS = 60.0
+LARGEST = torch.finfo(torch.float32).max
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerReward:
+    """One reward model on one or several servers.
+
+    gather: this rank's object → every rank's (``Runtime.gather_objects``): a failure of one ends all of them alike.
+    """
+
+    contract: Contract
+    replicas: Replicas
+    gather: Callable[[Any], list[Any]] = _alone
+
+    @property
+    def name(self) -> str:
+        return self.contract.name
+
+    def score(self, rollout: Rollout, step: int = 0) -> Tensor:
+        """[B] float32 on the rollout's device; NaN where the server gives no score.
+
+        Raises UserError, on every rank: with code 75 where the servers stay away or are not what they were, with code 2
+        for what they refuse.
+        """
+        scores, failure = [], None
+        try:
+            scores = self.score_texts(rollout.prompts, rollout.texts, rollout.finished.tolist())
+        except UserError as error:
+            failure = error
+        first = next((error for error in self.gather(failure) if error is not None), None)
+        if first is not None:
+            raise first
+        exact = torch.tensor(scores, dtype=torch.float64)  # a float32 comes back as it was sent
+        return exact.to(torch.float32).to(rollout.group.device)
+
+    def score_texts(self, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
+        """[B] scores in the order of the texts, NaN for none; requests run beside each other. Raises UserError."""
+        parts = list(_parts(prompts, texts, finished, self.contract))
+        stop = threading.Event()
+        with ThreadPoolExecutor(IN_FLIGHT * len(self.replicas.urls), "reward-server") as pool:
+            try:
+                asked = [pool.submit(self._part, number, *part, stop) for number, part in enumerate(parts)]
+                wait(asked, return_when=FIRST_EXCEPTION)
+                for future in asked:
+                    if future.done() and (error := future.exception()) is not None:
+                        raise error
+                return [score for future in asked for score in future.result()]
+            except BaseException:
+                stop.set()  # the others need not try on
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _part(self, number: int, body: bytes, rows: int, stop: threading.Event) -> list[float]:
+        reply = self.replicas.ask(number, SCORE_PATH, body, stop)
+        if reply.headers.get(IDENTITY_HEADER) != self.contract.identity:
+            raise UserError(
+                f"{self.replicas.key}: {reply.url} now serves another model than {self.name} as it was at the start, "
+                "which would change the reward in the middle of a run; serve the first one again, and the same "
+                "command goes on",
+                ExitCode.REWARD_GONE,
+            )
+        return self._checked(reply, rows)
+
+    def _checked(self, reply: Reply, rows: int) -> list[float]:
+        """The scores of an answer, one finite number or null each; anything else is refused, never mended."""
+        found = reply.value.get("scores") if isinstance(reply.value, dict) else None
+        if not isinstance(found, list):
+            self.replicas.broken(reply.url, "answers without a list of scores")
+        if len(found) != rows:
+            self.replicas.broken(reply.url, f"answers with {len(found)} scores for {rows} completions")
+        for value in found:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and abs(value) <= LARGEST):
+                self.replicas.broken(reply.url, "answers with a score that is neither a finite number nor null")
+        return [math.nan if value is None else float(value) for value in found]
+
+
+def connect(
+    replicas: Replicas, gather: Callable[[Any], list[Any]] = _alone, seconds: float = START_SECONDS
+) -> ServerReward:
+    """Asks the servers what they hold. One that is away may come later; one must be there.
+
+    Raises UserError: code 75 where none answers within ``seconds``, code 2 where two hold different models.
+    """
+    seconds = min(seconds, replicas.give_up_seconds)
+    contracts = replicas.keep_trying(lambda: _contracts(replicas, seconds), seconds, threading.Event())
+    (first, contract), *others = contracts.items()
+    for url, other in others:
+        if other.identity != contract.identity:
+            raise UserError(
+                f"{replicas.key}: {first} holds {contract.name} and {url} holds {other.name}, two different models (or "
+                "one of them with another --dtype); servers that share the work must hold the same one"
+            )
+    return ServerReward(contract=contract, replicas=replicas, gather=gather)
+
+
+def _contracts(replicas: Replicas, seconds: float) -> dict[str, Contract]:
+    found, last = {}, Away("no server")
+    for url in replicas.urls:
+        try:
+            found[url] = contract_at(replicas, url)
+            replicas.is_there(url)
+        except Away as error:
+            replicas.is_away(url, error, seconds)
+            last = error
+    if not found:
+        raise last
+    return found
+
+
+def contract_at(replicas: Replicas, url: str) -> Contract:
+    """What one server holds, asked once. Raises Away, or UserError."""
+    reply = replicas.exchange("GET", url, CONTRACT_PATH)
+    try:
+        return Contract.model_validate(reply.value)
+    except ValidationError as error:
+        at = ".".join(map(str, error.errors()[0]["loc"]))
+        replicas.broken(url, f"answers {CONTRACT_PATH} with something that is no contract ({at or 'no object'})")
+
+
+def describe(replicas: Replicas) -> Iterator[str]:
+    """One line a server: what it holds, or why that cannot be said."""
+    for url in replicas.urls:
+        try:
+            held = contract_at(replicas, url)
+        except (Away, UserError) as error:
+            yield f"{replicas.key}: not asked what it holds: {error}"
+            continue
+        limit = f", {held.max_tokens} tokens at most" if held.max_tokens is not None else ""
+        how = "deterministic" if held.deterministic else "batched"
+        yield f"{replicas.key}: {url} holds {held.name} ({held.dtype}, {how}{limit})"
+
+
+def _parts(
+    prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool], contract: Contract
+) -> Iterator[tuple[bytes, int]]:
+    """(body, rows) of each request. A function of the texts and the server's limits alone, so that what is asked again
+    gets the same forwards; completions of a prompt stay together where they fit."""
+    most, limit = min(ROWS, contract.max_texts), min(BYTES, contract.max_body_bytes)
+    held: list[bytes] = []
+
+    def fits(more: Sequence[bytes]) -> bool:
+        return len(held) + len(more) <= most and len(_body([*held, *more])) <= limit
+
+    for _, group in groupby(zip(prompts, texts, finished, strict=True), key=lambda row: id(row[0])):
+        rows = [_row(*row) for row in group]
+        if held and not fits(rows):
+            yield _body(held), len(held)
+            held = []
+        for row in rows:
+            if held and not fits([row]):
+                yield _body(held), len(held)
+                held = []
+            held.append(row)
+    if held:
+        yield _body(held), len(held)
+
+
+def _row(prompt: Prompt, text: str, finished: bool) -> bytes:
+    asked = {"prompt": prompt.messages() or prompt.text, "completion": text, "finished": bool(finished)}
+    return json.dumps(asked, ensure_ascii=False).encode()
+
+
+def _body(rows: Sequence[bytes]) -> bytes:
+    return b'{"rows":[' + b",".join(rows) + b"]}"
