@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -132,6 +132,14 @@ class Reward(Protocol):
 
     def score(self, rollout: Rollout, step: int) -> Tensor:
         """[B] float, NaN where the row cannot be scored; never 0 in place of a failure."""
+
+
+@runtime_checkable
+class Remote(Reward, Protocol):
+    """A source that scores elsewhere, while this process does something else."""
+
+    def begin(self, rollout: Rollout, step: int) -> Callable[[], Tensor]:
+        """Asks for the scores; the call of what it returns waits for them."""
 
 
 class Objective(Protocol):

@@ -206,10 +206,10 @@ def _finish(
     runtime: Runtime, directory: RunDirectory, status: Status, code: ExitCode, reason: str, step: int | None = None
 ) -> None:
     """Written by the main process; by another where it fails alone, since the main one will only find it gone."""
-    told = reason.split("\n")[0][:500]
-    if runtime.main and (status == "finished" or directory.failed_elsewhere() is None):
+    told, first = reason.split("\n")[0][:500], directory.read().get("status") != "failed"
+    if runtime.main and (first or code in _OF_ONE_RANK):  # else it only follows another
         directory.finish(status, code, told, step=step)
-    if not runtime.main and status == "failed":
+    if not runtime.main and status == "failed" and first:
         directory.finish(status, code, f"{ELSEWHERE}{runtime.rank}: {told}")
 
 

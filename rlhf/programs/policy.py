@@ -25,9 +25,11 @@ def train(run: PolicyRun, state: TrainState) -> TrainState:
         with clock("sample"):
             rollout = run.sampler.sample(causal_lm(run.model), prompts, slots, step)  # y ~ π(·|x), k per prompt
         with clock("score"), session.rescue(state, run.model, run.updater.optimizer):
-            rollout = run.rewards.score(rollout, step)  # r(x, y)
+            scored = run.rewards.begin(rollout, step)  # r(x, y): servers answer while the reference reads
         with clock("reference"), session.rescue(state, run.model, run.updater.optimizer):
             rollout = needs.fill(run, rollout, prompts, slots, step)  # log π_ref, and what else the objective asks for
+        with clock("score"), session.rescue(state, run.model, run.updater.optimizer):
+            rollout = scored(rollout)
         rollout, state = run.objective.prepare(rollout, state, runtime)  # baselines, advantages
         with clock("update"):
             updates = update(run, rollout, step)  # one step, or the passes of the objective

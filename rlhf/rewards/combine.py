@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.interfaces import Alone, Collective, Reward
+from rlhf.interfaces import Alone, Collective, Remote, Reward
 from rlhf.rewards.functions import FunctionReward
 from rlhf.rollout import Rollout
 
@@ -56,7 +56,21 @@ class RewardSet:
 
         valid: valid before, and the reward is finite. rewards: NaN where not valid.
         """
-        scores = {name: source.score(rollout, step) for name, source in self._sources()}
+        return self.begin(rollout, step)(rollout)
+
+    def begin(self, rollout: Rollout, step: int) -> Callable[[Rollout], Rollout]:
+        """Asks sources that answer from elsewhere (those with ``begin``), and has all others score. The call of what it
+        returns waits for the answers, and puts everything into the rollout as it is then."""
+        sources = list(self._sources())
+        asked = {name: source.begin(rollout, step) for name, source in sources if isinstance(source, Remote)}
+        here = {name: source.score(rollout, step) for name, source in sources if name not in asked}
+
+        def finish(now: Rollout) -> Rollout:
+            return self._scored(now, {name: asked[name]() if name in asked else here[name] for name, _ in sources})
+
+        return finish
+
+    def _scored(self, rollout: Rollout, scores: Mapping[str, Tensor]) -> Rollout:
         scored = replace(rollout, scores=scores)
         rewards = self._combined(scored)
         if self.clip is not None:

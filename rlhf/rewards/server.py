@@ -55,16 +55,27 @@ class ServerReward:
         Raises UserError, on every rank: with code 75 where the servers stay away or are not what they were, with code 2
         for what they refuse.
         """
-        scores, failure = [], None
-        try:
-            scores = self.score_texts(rollout.prompts, rollout.texts, rollout.finished.tolist())
-        except UserError as error:
-            failure = error
-        first = next((error for error in self.gather(failure) if error is not None), None)
-        if first is not None:
-            raise first
-        exact = torch.tensor(scores, dtype=torch.float64)  # a float32 comes back as it was sent
-        return exact.to(torch.float32).to(rollout.group.device)
+        return self.begin(rollout, step)()
+
+    def begin(self, rollout: Rollout, step: int = 0) -> Callable[[], Tensor]:
+        """The same, asked in a thread of its own: every rank has to call what it returns."""
+        pool = ThreadPoolExecutor(1, "reward-rollout")
+        asked = pool.submit(self.score_texts, rollout.prompts, rollout.texts, rollout.finished.tolist())
+        pool.shutdown(wait=False)
+
+        def finish() -> Tensor:
+            scores, failure = [], None
+            try:
+                scores = asked.result()
+            except UserError as error:
+                failure = error
+            first = next((error for error in self.gather(failure) if error is not None), None)
+            if first is not None:
+                raise first
+            exact = torch.tensor(scores, dtype=torch.float64)  # a float32 comes back as it was sent
+            return exact.to(torch.float32).to(rollout.group.device)
+
+        return finish
 
     def score_texts(self, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
         """[B] scores in the order of the texts, NaN for none; requests run beside each other. Raises UserError."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from . import start
 
+CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 RECIPE = """
 objective: ppo
 run: {name: one, seed: 3, steps: 2}
@@ -82,4 +83,15 @@ def weights(folder: Path, name: str, objective: str) -> torch.Tensor:
 def test_two_ranks_end_where_one_does(objective: str, settings: tuple[str, ...], config: str, folder: Path) -> None:
     alone = trained(folder, f"one-{config}", objective, *settings)
     both = trained(folder, f"two-{config}", objective, *settings, "--accelerate", config)
+    assert float((both - alone).norm() / alone.norm()) <= 1e-5
+
+
+@pytest.mark.ranks
+@pytest.mark.slow  # stage 2 with gradients that stay whole
+def test_zero1_ends_where_one_process_does(folder: Path) -> None:
+    text = (CONFIGS / "cpu_zero2.yaml").read_text(encoding="utf-8")
+    assert "zero_stage: 2" in text
+    (folder / "zero1.yaml").write_text(text.replace("zero_stage: 2", "zero_stage: 1"), encoding="utf-8")
+    alone = trained(folder, "one-zero1", "ppo")
+    both = trained(folder, "two-zero1", "ppo", "--accelerate", "zero1.yaml")
     assert float((both - alone).norm() / alone.norm()) <= 1e-5

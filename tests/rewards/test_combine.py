@@ -78,6 +78,30 @@ def test_ensembles(how: Any, weights: list[float], expected: list[float]) -> Non
     assert combine_models(torch.tensor([[1.0, 2.0], [5.0, 2.0]]), weights, how).tolist() == expected
 
 
+def test_what_scores_elsewhere_is_asked_first_and_waited_for_last() -> None:
+    """Its answer goes into the rollout as it is when it is waited for."""
+    log: list[str] = []
+
+    @dataclass(frozen=True)
+    class Elsewhere(Fixed):
+        def begin(self, rollout: Rollout, step: int) -> Any:
+            log.append("asked")
+            return lambda: log.append("answered") or self.score(rollout, step)
+
+    @dataclass(frozen=True)
+    class Here(Fixed):
+        def score(self, rollout: Rollout, step: int) -> Tensor:
+            log.append("scored here")
+            return super().score(rollout, step)
+
+    rewards = RewardSet(models=[(Here("a", (1.0, 2.0)), 1.0), (Elsewhere("b", (3.0, 6.0)), 1.0)])
+    finish = rewards.begin(rollout(2), step=1)
+    assert log == ["asked", "scored here"]
+    scored = finish(replace(rollout(2), ref_logprobs=torch.ones(2, 2)))
+    assert log[2:] == ["answered"] and rewards_of(scored) == [2.0, 4.0] and scored.ref_logprobs is not None
+    assert list(scored.scores) == ["a", "b"]
+
+
 def test_how_far_models_disagree() -> None:
     """(1, 5) is 2 away from its mean, (2, 2) is 0, the unscorable row does not count, nor does a judge of weight 0."""
     models = [
