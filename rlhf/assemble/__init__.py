@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf.assemble.job import Job
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
-from rlhf.recipe.rules import program_of
+from rlhf.recipe.reading import program_of
 
 __all__ = ["Job", "build", "program_of"]
 

@@ -9,7 +9,7 @@ from rlhf.planning.placement import Placement
 from rlhf.planning.setup import Judge, Machine, Rollouts, Setup, Step, known
 from rlhf.planning.shapes import Shape
 from rlhf.recipe import Recipe
-from rlhf.recipe.rules import program_of, reads
+from rlhf.recipe.reading import program_of, reads
 from rlhf.runtime.step_size import VECTORS
 
 _ROWS = {"sft": 1, "preference": 2, "reward": 2}  # a prompt's rows where they are given

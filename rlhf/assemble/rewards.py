@@ -10,7 +10,7 @@ from rlhf.assemble import models
 from rlhf.interfaces import Reward
 from rlhf.locate import named_code
 from rlhf.recipe import Recipe
-from rlhf.recipe.rules import reward_sources
+from rlhf.recipe.reading import reward_sources
 from rlhf.recipe.sections import RewardSource
 from rlhf.recipe.servers import addresses, token_of
 from rlhf.rewards.combine import RewardSet

@@ -25,7 +25,7 @@ from rlhf.programs.hub import PATIENCE_SECONDS, offline_reason
 from rlhf.programs.streams import by_prompt
 from rlhf.recipe import Recipe
 from rlhf.recipe.paths import place
-from rlhf.recipe.rules import reads, reward_sources
+from rlhf.recipe.reading import reads, reward_sources
 from rlhf.recipe.schema import DataSource
 
 ROWS = 10_000  # looked at per source: a table of lengths needs no more, and rendering them takes seconds

@@ -28,7 +28,7 @@ from rlhf.programs.evaluation import NOISE_STEP, shown
 from rlhf.programs.hub import offline_reason
 from rlhf.programs.run_folder import Request, RunFolder
 from rlhf.recipe import Recipe
-from rlhf.recipe.rules import reads
+from rlhf.recipe.reading import reads
 from rlhf.recipe.schema import DataSource
 from rlhf.rollout import Prompt, Rollout
 from rlhf.runtime.checkpoint import load_checkpoint, newest_checkpoint

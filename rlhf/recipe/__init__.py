@@ -2,8 +2,8 @@
 
 from rlhf.recipe.load import load_recipe, override
 from rlhf.recipe.paths import local_inputs
+from rlhf.recipe.reading import ignored_sections
 from rlhf.recipe.remarks import remarks
-from rlhf.recipe.rules import ignored_sections
 from rlhf.recipe.schema import Recipe
 
 __all__ = ["Recipe", "ignored_sections", "load_recipe", "local_inputs", "override", "remarks"]

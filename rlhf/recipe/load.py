@@ -12,12 +12,14 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.locate import command_name, recipe_file
 from rlhf.objectives.presets import OBJECTIVES
+from rlhf.recipe import rules, rules_algorithm, rules_models
 from rlhf.recipe.marks import Document, KeyPath, Problem, plain, read_file, read_text
 from rlhf.recipe.paths import path_rules, secrets
-from rlhf.recipe.rules import RULES
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.validate import Rule, check, schema_errors, unknown_key
 from rlhf.recipe.wording import shown
+
+RULES = (*rules.RULES, *rules_models.RULES, *rules_algorithm.RULES)
 
 
 def load_recipe(path_or_name: str, overrides: Sequence[str] = (), *, inputs: bool = True) -> Recipe:

@@ -17,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.locate import command_name, shipped_recipes
 from rlhf.objectives.presets import is_dotted
 from rlhf.recipe.marks import KeyPath, Problem, read_file
-from rlhf.recipe.rules import on_policy, reads, reward_sources
+from rlhf.recipe.reading import on_policy, reads, reward_sources
 from rlhf.recipe.schema import DataSource, Recipe, fill
 from rlhf.recipe.sections import Run
 from rlhf.recipe.servers import token_of

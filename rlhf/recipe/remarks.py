@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 from rlhf.objectives.presets import OBJECTIVES
-from rlhf.recipe.rules import family, on_policy, reads, reward_sources
+from rlhf.recipe.reading import family, on_policy, reads, reward_sources
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.servers import unencrypted
 

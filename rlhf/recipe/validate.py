@@ -25,6 +25,16 @@ from rlhf.recipe.sections import Section
 Rule = Callable[[Recipe], Iterable[Problem]]
 
 
+def registrar(rules: list[Rule]) -> Callable[[Rule], Rule]:
+    """A decorator that adds a function to these rules."""
+
+    def register(rule: Rule) -> Rule:
+        rules.append(rule)
+        return rule
+
+    return register
+
+
 @dataclass(frozen=True)
 class Checked:
     """A recipe as far as it could be built, and what is wrong with it. ``recipe`` is None where anything is wrong."""

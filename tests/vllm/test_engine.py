@@ -10,7 +10,7 @@ import torch
 
 from rlhf.models.policy import ScoredModel
 from rlhf.models.scratch import STOP_IDS, build_causal_lm, build_config
-from rlhf.sampling.engine import EngineSampler
+from rlhf.sampling.engine import Engine, EngineSampler
 from rlhf.sampling.hf import HFSampler
 from rlhf.sampling.vllm import InProcess, Start
 from tests.sampling.test_hf import PROMPTS, TOKENIZER
@@ -40,7 +40,7 @@ def engine() -> InProcess:
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": AT, "stop_ids": STOP_IDS, "seed": 7}
 
 
-def sampler(engine: InProcess, k: int = 4, **changes: Any) -> EngineSampler:
+def sampler(engine: Engine, k: int = 4, **changes: Any) -> EngineSampler:
     return EngineSampler(engine=engine, tokenizer=TOKENIZER, samples_per_prompt=k, **{**SETTINGS, **changes})
 
 
@@ -49,6 +49,10 @@ def plain(**changes: Any) -> HFSampler:
 
 
 def test_after_an_update_its_greedy_text_is_ours(engine: InProcess) -> None:
+    assert_greedy_text_is_ours(engine)
+
+
+def assert_greedy_text_is_ours(engine: Engine) -> None:
     """Of the same prompts each time: keys and values of the old weights must be forgotten."""
     texts = set()
     for seed in (0, 1, 0):

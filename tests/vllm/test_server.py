@@ -18,7 +18,7 @@ from rlhf.models.scratch import STOP_IDS
 from rlhf.sampling.vllm_server import Server
 from tests.sampling.test_hf import PROMPTS
 from tests.vllm.runs import learned, prepare
-from tests.vllm.test_engine import SLOTS, plain, policy, sampler
+from tests.vllm.test_engine import SLOTS, assert_greedy_text_is_ours, policy, sampler
 
 pytest.importorskip("vllm")
 TOKEN = "sesame"
@@ -55,17 +55,7 @@ def serving(folder: Path) -> Iterator[str]:
 
 
 def test_after_an_update_its_greedy_text_is_ours(url: str, tmp_path: Path) -> None:
-    texts = set()
-    server = Server(url=url, folder=tmp_path, dtype=torch.float32, token=TOKEN)
-    for seed in (0, 1, 0):
-        lm = policy(seed)
-        ours = plain().greedy(lm, PROMPTS, SLOTS, 1)
-        theirs = sampler(server).greedy(lm, PROMPTS, SLOTS, 1)
-        assert theirs.completion_ids.tolist() == ours.completion_ids.tolist()
-        assert theirs.finished.tolist() == ours.finished.tolist()
-        assert theirs.texts == ours.texts
-        texts.add(theirs.texts)
-    assert len(texts) == 2
+    assert_greedy_text_is_ours(Server(url=url, folder=tmp_path, dtype=torch.float32, token=TOKEN))
 
 
 def test_it_draws_as_the_engine_of_the_process(url: str, tmp_path: Path) -> None:

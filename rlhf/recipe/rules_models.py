@@ -1,0 +1,187 @@
+"""Rules between keys, each with its reason: models, where they lie, who scores, who decodes.
+
+A rule looks only at what the objective reads: sections of other objectives may hold anything the schema allows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from rlhf.objectives.presets import is_dotted, preset
+from rlhf.recipe.marks import KeyPath, Problem
+from rlhf.recipe.reading import on_policy, program_of, reads, reward_sources
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.sections import RewardModel, RewardSource
+from rlhf.recipe.servers import wrong_addresses
+from rlhf.recipe.validate import Rule, registrar
+
+RULES: list[Rule] = []
+rule = registrar(RULES)
+
+
+@rule
+def policy_is_loaded_or_made(recipe: Recipe) -> Iterator[Problem]:
+    path, scratch = recipe.policy.path, recipe.policy.scratch
+    if (path is None) == (scratch is None):
+        what = (
+            "neither policy.path nor policy.scratch is" if path is None else "both policy.path and policy.scratch are"
+        )
+        yield Problem(
+            ("policy",), f"{what} set; give `path: <hub id or folder>` to load a model, or `scratch:` to make one"
+        )
+
+
+@rule
+def tokenizer_belongs_to_scratch(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.policy.tokenizer is not None and recipe.policy.scratch is None:
+        yield Problem(
+            ("policy", "tokenizer"), "only for policy.scratch: a loaded model's embeddings fit its own tokenizer alone"
+        )
+
+
+@rule
+def heads_divide_width(recipe: Recipe) -> Iterator[Problem]:
+    scratch = recipe.policy.scratch
+    if scratch is not None and scratch.hidden_size % (2 * scratch.heads):
+        yield Problem(
+            ("policy", "scratch", "hidden_size"),
+            f"{scratch.hidden_size} does not split into {scratch.heads} heads of even width (rotary positions pair "
+            f"up dimensions); use a multiple of {2 * scratch.heads}",
+        )
+
+
+@rule
+def reward_models_have_a_class(recipe: Recipe) -> Iterator[Problem]:
+    scratch = recipe.policy.scratch
+    if recipe.objective == "reward" and scratch is not None and scratch.family == "gemma4":
+        yield Problem(
+            ("policy", "scratch", "family"),
+            "gemma4 has no sequence-classification class in transformers, so it cannot be a reward model; use gemma3",
+        )
+
+
+@rule
+def adapters_need_a_base(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.policy.lora is not None and recipe.policy.scratch is not None:
+        yield Problem(("policy", "lora"), "adapters on random frozen weights learn next to nothing; remove it")
+
+
+@rule
+def adapters_leave_the_head_alone(recipe: Recipe) -> Iterator[Problem]:
+    lora = recipe.policy.lora
+    if lora is not None and not isinstance(lora.targets, str) and any("lm_head" in name for name in lora.targets):
+        yield Problem(
+            ("policy", "lora", "targets"),
+            "lm_head gets no adapter: log-probabilities are made from its weight in chunks; leave it out",
+        )
+
+
+@rule
+def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
+    if not reads(recipe, "reference"):
+        return
+    moves = "ema" if recipe.reference.ema > 0 else "reset_steps" if recipe.reference.reset_steps else None
+    if moves is not None and program_of(recipe) == "preference":
+        yield Problem(
+            ("reference", moves), f"{recipe.objective} on the data's pairs knows one reference, which stands still"
+        )
+    if moves is not None and recipe.reference.path is not None and recipe.policy.lora is not None:
+        yield Problem(
+            ("reference", moves),
+            "moves an adapter, and reference.path has another base below it; remove one of the two",
+        )
+    placement = recipe.reference.placement
+    if placement == "quantized":
+        yield Problem(("reference", "placement"), f"{placement} is not in this version; set auto")
+    if placement in ("zero3", "offload") and moves is not None:
+        yield Problem(
+            ("reference", "placement"), f"a reference that moves ({moves}) is whole on every process; set auto"
+        )
+    whole = recipe.kl.estimator == "exact" or (recipe.kl.loss_beta > 0 and recipe.kl.loss_estimator == "exact_local")
+    if placement in ("zero3", "offload") and whole and on_policy(recipe):
+        yield Problem(
+            ("reference", "placement"),
+            "the exact KL reads the reference in the update too; set auto, or kl.estimator=k1",
+        )
+
+
+@rule
+def reinforce_has_something_to_maximise(recipe: Recipe) -> Iterator[Problem]:
+    if not reads(recipe, "reward") or is_dotted(recipe.objective):
+        return
+    if program_of(recipe) == "preference":
+        return  # learns from the data's pairs; rewards only judge held-out completions
+    models, functions = recipe.reward.models, recipe.reward.functions
+    weights = [*(model.weight for model in models), *(function.weight for function in functions)]
+    if not any(weights):
+        what = "every source has weight 0 and is only logged" if weights else "there is no reward"
+        yield Problem(
+            ("reward",),
+            f"{what}; {recipe.objective} needs reward.models or reward.functions with an entry of weight ≠ 0",
+        )
+
+
+@rule
+def reward_models_are_reachable(recipe: Recipe) -> Iterator[Problem]:
+    for here, source in reward_sources(recipe):
+        if (source.path is None) == (source.url is None):
+            what = "neither path nor url" if source.path is None else "both path and url"
+            yield Problem(here, f"{what} given; a reward model is a folder or hub id (`path:`), or a server (`url:`)")
+        else:
+            yield from _served(here, source) if source.url is not None else _loaded(here, source)
+
+
+def _served(here: KeyPath, source: RewardSource) -> Iterator[Problem]:
+    if (wrong := wrong_addresses(source.url or "")) is not None:
+        yield Problem((*here, "url"), wrong)
+    if find_spec("httpx") is None or find_spec("tenacity") is None:
+        yield Problem((*here, "url"), "asking a server needs httpx and tenacity; `pip install 'rlhf[serve]'`")
+    if source.microbatch_tokens is not None:
+        yield Problem((*here, "microbatch_tokens"), "a server cuts its own forwards (--batch-tokens); remove it")
+    if isinstance(source, RewardModel) and source.placement != "auto":
+        yield Problem((*here, "placement"), "a server's weights lie where it runs; set auto")
+
+
+def _loaded(here: KeyPath, source: RewardSource) -> Iterator[Problem]:
+    for key in ("token_env", "give_up_seconds"):
+        if key in source.model_fields_set and getattr(source, key) != RewardSource.model_fields[key].default:
+            yield Problem((*here, key), "only a server (`url:`) is asked over a network; remove it")
+    if isinstance(source, RewardModel) and source.placement == "quantized":
+        yield Problem((*here, "placement"), f"{source.placement} is not in this version; set auto")
+
+
+@rule
+def reward_weights_have_a_mean(recipe: Recipe) -> Iterator[Problem]:
+    weights = [model.weight for model in recipe.reward.models]
+    if reads(recipe, "reward") and recipe.reward.combine == "mean" and any(weights) and sum(weights) == 0:
+        yield Problem(("reward", "models"), "the weights add up to 0, and the weighted mean divides by their sum")
+
+
+@rule
+def completions_are_decoded_here(recipe: Recipe) -> Iterator[Problem]:
+    settings = recipe.rollout
+    if on_policy(recipe) and settings.engine == "vllm" and settings.url is None and find_spec("vllm") is None:
+        yield Problem(("rollout", "engine"), "vllm is not installed; `pip install 'rlhf[vllm]'`, or set hf")
+
+
+@rule
+def a_server_is_vllm(recipe: Recipe) -> Iterator[Problem]:
+    settings = recipe.rollout
+    if settings.url is not None and settings.engine != "vllm":
+        yield Problem(("rollout", "url"), "a server decodes for engine=vllm alone; set rollout.engine=vllm, or null")
+    if settings.token_env is not None and settings.url is not None and settings.token_env not in os.environ:
+        yield Problem(("rollout", "token_env"), f"{settings.token_env} is not set; export it with the server's token")
+
+
+@rule
+def decoding_ahead_needs_somebody_else_who_decodes(recipe: Recipe) -> Iterator[Problem]:
+    if not (on_policy(recipe) and recipe.rollout.ahead):
+        return
+    if recipe.rollout.url is None:
+        yield Problem(
+            ("rollout", "ahead"), "nothing decodes beside the trainer; start `rlhf serve-policy` and set rollout.url"
+        )
+    if preset(recipe.objective).trust_region:
+        yield Problem(("rollout", "ahead"), "a trust region is one around the policy that sampled; set false")
