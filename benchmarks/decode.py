@@ -1,28 +1,28 @@
 """Tokens a second of our decode loop, of ``transformers.generate`` and of vLLM, interleaved in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py
-    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/decode.py --vllm      after `make test-vllm`
+    OMP_NUM_THREADS=1 python benchmarks/decode.py --vllm .venv-vllm/bin/python      after `make test-vllm`
 
 One tiny Gemma (hidden 128, 4 layers, vocabulary 4,096, random weights, fp32), 16 prompts × 4 completions unless said.
 The first two draw the same tokens from the same noise; where they do not, the script exits with 1. vLLM draws its own,
-so its completions have other lengths, and it is timed without its push and check, in a process of its own: in the same
-one, our loop is up to five times slower. A random model hardly ever stops, so for variable lengths 400 of its 4,096
-tokens count as stop tokens.
+so its completions have other lengths. It is timed without its push and check, in a process and with packages of its own
+(those that its build asks for; older ones of transformers slow our loop down). A random model hardly ever stops, so for
+variable lengths 400 of its 4,096 tokens count as stop tokens.
 Medians over rounds of the ratio within a round; machines are noisy, rounds see the same noise.
 
-Writes results/decode.json, or results/decode_vllm.json.
+Writes results/decode.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Client, Listener
 from typing import Any
 
 import record
@@ -133,35 +133,37 @@ def measure(work: Workload, model: Any, tokenizer: Any, rounds: int, vllm: Decod
 
 
 @contextmanager
-def vllm_beside() -> Iterator[Decode]:
+def vllm_beside(python: str) -> Iterator[Decode]:
     """vLLM with the model's weights in another process, which waits while the others decode."""
-    ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("spawn").Process(target=_vllm, args=(theirs,), daemon=True)
-    child.start()
-    assert ours.recv() == "ready"
+    with Listener() as door:
+        child = subprocess.Popen([python, __file__, "--answer", str(door.address)])
+        with door.accept() as pipe:
+            assert pipe.recv() == "ready"
 
-    def decode(requests: Sequence[Request], new: int, ends: Ends) -> int:
-        ours.send((requests, new, ends))
-        found: int = ours.recv()
-        return found
+            def decode(requests: Sequence[Request], new: int, ends: Ends) -> int:
+                pipe.send(([tuple(request) for request in requests], new, ends.ids))
+                found: int = pipe.recv()
+                return found
 
-    yield decode
-    ours.send(None)
-    child.join()
+            yield decode
+            pipe.send(None)
+        child.wait()
 
 
-def _vllm(pipe: Any) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # counted when it starts
-    torch.set_num_threads(1)
+def answer(address: str) -> None:
+    """The other side of ``vllm_beside``."""
     from rlhf.sampling.vllm import InProcess, Start
 
     model: Any = policy()
     engine = InProcess(start=Start(tokens=768, dtype=torch.float32, kv_bytes=2 * 2**30))
     model.config.architectures = [type(model).__name__]
     engine.push(model.config, model.state_dict().items())
-    pipe.send("ready")
-    while (asked := pipe.recv()) is not None:
-        pipe.send(sum(len(row.ids) for row in engine.begin(*asked)()))
+    with Client(address) as pipe:
+        pipe.send("ready")
+        while (asked := pipe.recv()) is not None:
+            rows, new, stops = asked
+            found = engine.begin([Request(*row) for row in rows], new, Ends(None, stops))()
+            pipe.send(sum(len(row.ids) for row in found))
 
 
 def policy() -> Any:
@@ -181,17 +183,20 @@ def shown(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--vllm", action="store_true", help="a third side; needs the environment of make test-vllm")
+    parser.add_argument("--vllm", metavar="PYTHON", help="a third side, by the interpreter of an environment with it")
+    parser.add_argument("--answer", metavar="ADDRESS", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.answer:
+        return answer(given.answer)
     tokenizer = train_tokenizer([" ".join(WORDS[i : i + 50]) for i in range(0, len(WORDS), 50)] * 2, 4096)
     rows, model = [], policy()
-    with vllm_beside() if given.vllm else nullcontext() as vllm:
+    with vllm_beside(given.vllm) if given.vllm else nullcontext() as vllm:
         for work in WORKLOADS:
             rows.append(measure(work, model, tokenizer, given.rounds, vllm))
             print(shown(rows[-1]), flush=True)
     settings = {"model": "gemma, hidden 128, 4 layers, vocabulary 4096, fp32, 1 thread"}
-    record.write("decode_vllm" if given.vllm else "decode", settings, rows)
+    record.write("decode", settings, rows)
     different = [row["name"] for row in rows if not row["same_completions"]]
     if different:
         raise SystemExit(f"other completions: {', '.join(different)}")
