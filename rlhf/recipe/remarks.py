@@ -79,6 +79,13 @@ def rewards_come_over_a_network(recipe: Recipe) -> Iterator[str]:
 
 
 @remark
+def the_policy_goes_over_a_network(recipe: Recipe) -> Iterator[str]:
+    if on_policy(recipe):
+        for address in unencrypted(recipe.rollout.url or ""):
+            yield f"rollout.url: {address} is plain http over a network, and whoever reaches it can replace the weights"
+
+
+@remark
 def nothing_holds_the_policy(recipe: Recipe) -> Iterator[str]:
     if on_policy(recipe) and recipe.kl.beta == 0 and recipe.kl.loss_beta == 0:
         yield "kl.beta is 0: nothing holds the policy near the reference; kl/reference is still measured"

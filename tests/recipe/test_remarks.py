@@ -56,6 +56,10 @@ def test_an_outside_objective_may_read_any_section() -> None:
             ["reward.models=[{url: 'http://127.0.0.1:1,http://10.0.0.1:1'}]"],
             "http://10.0.0.1:1 is plain http over a net",
         ),
+        (
+            ["rollout.engine=vllm", "rollout.url=http://10.0.0.1:8000"],
+            "whoever reaches it can replace the weights",
+        ),
         (["data.eval.0.path=rows.jsonl"], "data.eval.0 is also a training source"),
         (["data.instruction.0.path=rows.jsonl"], "not read while instruction.coefficient is 0"),
     ],
