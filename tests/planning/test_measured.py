@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHIN = 0.15
-QUICK = ("recompute", "lora")
+QUICK = ("lora",)  # half a minute each
 SLOW = (
+    "recompute",
     "reinforce",
     "large reward model",
     "one forward",

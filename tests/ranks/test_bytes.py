@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.ranks
+@pytest.mark.slow  # two processes that import everything, to count
 def test_each_rank_holds_half(tmp_path: Path) -> None:
     """Counted on the shards themselves; all are float32, so elements stand for bytes. 5 %: shares are padded."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
