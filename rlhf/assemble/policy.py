@@ -232,7 +232,8 @@ def _minibatches_have_prompts(goal: PolicyObjective, own: slice) -> None:
 
 def _say_where_frozen_models_lie(recipe: Recipe, session: Session) -> None:
     """Those that are not whole on every process."""
-    asked = [("reference", recipe.reference.placement)]
+    own = recipe.policy.lora is None or recipe.reference.path is not None  # else it is the policy without its adapter
+    asked = [("reference", recipe.reference.placement)] if own else []
     asked += [
         (f"reward model {short_name(entry.path)}", entry.placement) for entry in recipe.reward.models if entry.path
     ]

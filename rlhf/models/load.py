@@ -160,7 +160,6 @@ def base_model(model: nn.Module) -> nn.Module:
     return cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
 
 
-@torch.no_grad()
 def configuration(model: nn.Module) -> Any:
     """The config from which another program builds this model (below its adapter)."""
     base: Any = base_model(model)
@@ -181,6 +180,7 @@ def weightless_causal_lm(path: str) -> nn.Module:
         raise UserError(f"policy.path={path}: no causal language model could be read ({_first_line(error)})") from error
 
 
+@torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights with the adapter added (W + α/r·BA), under the names they have without one.
 

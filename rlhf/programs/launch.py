@@ -207,7 +207,7 @@ def _finish(
 ) -> None:
     """Written by the main process; by another where it fails alone, since the main one will only find it gone."""
     told, first = reason.split("\n")[0][:500], directory.read().get("status") != "failed"
-    if runtime.main and (first or code in _OF_ONE_RANK):  # else it only follows another
+    if runtime.main and (first or code not in (ExitCode.BUG, ExitCode.PREEMPTED)):  # else it only follows another
         directory.finish(status, code, told, step=step)
     if not runtime.main and status == "failed" and first:
         directory.finish(status, code, f"{ELSEWHERE}{runtime.rank}: {told}")

@@ -66,10 +66,10 @@ def _combine(weights: Sequence[float], slerp: float | None) -> Callable[[Sequenc
 def _centre(folders: Sequence[Folder], weights: Sequence[float]) -> dict[str, float]:
     """What reward models subtract from their scores is averaged with them."""
     centres = [folder.config.get("reward_center") for folder in folders[: len(weights)]]
-    known = [float(value) for value in centres if value is not None]
-    if len(known) != len(centres):
+    if all(centre is None for centre in centres):
         return {}
-    return {"reward_center": sum(w * c for w, c in zip(weights, known, strict=True)) / sum(weights)}
+    total = sum(weight * float(centre or 0.0) for weight, centre in zip(weights, centres, strict=True))
+    return {"reward_center": total / sum(weights)}
 
 
 def _told(models: Sequence[str], weights: Sequence[float], base: str | None, slerp: float | None) -> str:

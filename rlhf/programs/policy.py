@@ -39,7 +39,8 @@ def train(run: PolicyRun, state: TrainState) -> TrainState:
         session.log(step, {**metrics(run, rollout, stats, updates, step), **clock.metrics(completions, tokens)})
         session.samples(step, partial(sample_rows, rollout, stats, run.samples_logged, run.rewards.extras()))
         run.reference.follow(step)  # where it moves
-        run.evaluation.maybe(run.model, step)
+        with session.rescue(state, run.model, run.updater.optimizer):
+            run.evaluation.maybe(run.model, step)
         session.guard.check(step, applied=all(each.report.applied for each in updates))
         session.checkpoint(step, state, run.model, run.updater.optimizer, last=step == run.steps)
     run.evaluation.after(run.model, state)

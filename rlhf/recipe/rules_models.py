@@ -99,6 +99,8 @@ def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             ("reference", "placement"), f"a reference that moves ({moves}) is whole on every process; set auto"
         )
+    if placement in ("zero3", "offload") and program_of(recipe) == "preference":
+        yield Problem(("reference", "placement"), "pairs' log π_ref are kept by the weights, which it hides; set auto")
     whole = recipe.kl.estimator == "exact" or (recipe.kl.loss_beta > 0 and recipe.kl.loss_estimator == "exact_local")
     if placement in ("zero3", "offload") and whole and on_policy(recipe):
         yield Problem(

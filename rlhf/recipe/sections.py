@@ -184,7 +184,7 @@ class RewardSource(Section):
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="Name of the environment variable with the server's token.",
     )
-    give_up_seconds: Annotated[float, Field(gt=0, le=1500)] = Field(
+    give_up_seconds: Annotated[float, Field(gt=0, le=1100)] = Field(
         default=600.0,
         description="A server that stays away for so long ends the run, which can be resumed (exit code 75).",
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhf.errors import UserError
@@ -22,7 +23,8 @@ from rlhf.sampling.engine import Pending, Request
 
 MODEL = "policy"  # what the server calls it
 FILE_BYTES = 4 * 2**30
-PATIENCE = httpx.Timeout(30.0, read=None)  # a rollout takes as long as it takes
+PATIENCE = httpx.Timeout(30.0, read=1700.0, pool=None)  # a row may wait for others; less than a process group waits
+MOST = httpx.Limits(max_connections=256, max_keepalive_connections=256)  # vLLM's own most at once, and few sockets
 
 
 def _one_thread() -> ThreadPoolExecutor:
@@ -41,7 +43,7 @@ class Server:
     url: str
     folder: Path
     dtype: torch.dtype
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     queue: ThreadPoolExecutor = field(default_factory=_one_thread)
 
     def push(self, config: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -55,7 +57,7 @@ class Server:
         self.folder.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix="push-", dir=self.folder))
         try:
-            _write(weights, place, self.dtype)
+            self._write(weights, place)
             with self._told(), httpx.Client(**self._client()) as client:
                 _fine(client.post("/collective_rpc", json={"method": "take_policy", "args": [str(place.resolve())]}))
                 # else prompts seen before would be read with the old weights
@@ -63,16 +65,21 @@ class Server:
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
+    def _write(self, weights: Iterable[tuple[str, Tensor]], place: Path) -> None:
+        try:
+            _write(weights, place, self.dtype)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"rollout.push_folder={self.folder}: weights could not be written ({error})") from error
+
     async def _decode(self, bodies: Sequence[dict[str, Any]]) -> list[Completion]:
-        everything = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         with self._told():
-            async with httpx.AsyncClient(**self._client(), limits=everything) as client:
+            async with httpx.AsyncClient(**self._client(), limits=MOST) as client:
                 replies = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
             return [_completion(_fine(reply).json()["choices"][0]) for reply in replies]
 
     def _client(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        return {"base_url": self.url, "headers": headers, "timeout": PATIENCE}
+        return {"base_url": self.url, "headers": headers, "timeout": PATIENCE, "trust_env": False}  # no proxies
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -72,6 +72,17 @@ def test_reward_models_keep_their_mean_score(tmp_path: Path) -> None:
     assert merged.config.reward_center == 1.75 and merged.config.num_labels == 1
 
 
+def test_a_reward_model_without_a_mean_score_has_0(tmp_path: Path) -> None:
+    for seed, centre in ((0, None), (1, 4.0)):
+        model = build_reward_model(config(), seed)
+        if centre is not None:
+            model.config.reward_center = centre
+        model.save_pretrained(tmp_path / f"{seed}")
+        TOKENIZER.save_pretrained(tmp_path / f"{seed}")
+    out = run([tmp_path / "0", tmp_path / "1"], tmp_path / "mean")
+    assert AutoModelForSequenceClassification.from_pretrained(out).config.reward_center == 2.0
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft, of transformers
 def test_an_adapter_becomes_a_whole_model(policies: list[Path], tmp_path: Path) -> None:
     model = add_lora(load.load_causal_lm(str(policies[0])), LoraSpec(4, 8, "all-linear"), 1)

@@ -231,7 +231,7 @@ MEANING: dict[str, Broken] = {
         "only a server (`url:`) is asked",
         line=4,
     ),
-    "endless patience": b(served("http://h:1", "give_up_seconds: 9000"), "less than or equal to 1500", line=4),
+    "endless patience": b(served("http://h:1", "give_up_seconds: 9000"), "less than or equal to 1100", line=4),
     "judge path and url": b(
         recipe(eval="eval: {models: [{path: model, url: 'http://h:1'}]}"), "eval.models.0: both path and url", line=6
     ),
@@ -248,6 +248,9 @@ MEANING: dict[str, Broken] = {
         recipe(reference="reference: {placement: zero3}", kl="kl: {estimator: exact}"),
         "the exact KL reads the reference in the update too",
         line=6,
+    ),
+    "a reference of pairs in shares": b(
+        recipe(objective="objective: dpo", reference="reference: {placement: zero3}"), "are kept by the weights", line=6
     ),
     "moving reference of pairs": b(
         recipe(objective="objective: dpo", reference="reference: {ema: 0.99}"), "reference, which stands still", line=6
