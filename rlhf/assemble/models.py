@@ -51,7 +51,7 @@ def causal_lm(recipe: Recipe, tokenizer: Any) -> nn.Module:
     if policy.path is not None:
         model = load.load_causal_lm(policy.path, attention=policy.attention)
     else:
-        model = scratch.build_causal_lm(_scratch_config(recipe, tokenizer), recipe.run.seed)
+        model = scratch.build_causal_lm(scratch_config(recipe, len(tokenizer)), recipe.run.seed)
     return _adapted(recipe, model, "CAUSAL_LM")
 
 
@@ -60,7 +60,7 @@ def weightless(recipe: Recipe, tokenizer: Any) -> nn.Module:
     if recipe.policy.path is not None:
         return load.weightless_causal_lm(recipe.policy.path)
     with torch.device("meta"):
-        return scratch.empty_causal_lm(_scratch_config(recipe, tokenizer))
+        return scratch.empty_causal_lm(scratch_config(recipe, len(tokenizer)))
 
 
 def classifier(recipe: Recipe, tokenizer: Any) -> nn.Module:
@@ -68,7 +68,7 @@ def classifier(recipe: Recipe, tokenizer: Any) -> nn.Module:
     recipe asks for one."""
     policy = recipe.policy
     if policy.path is None:
-        model: nn.Module = scratch.build_reward_model(_scratch_config(recipe, tokenizer), recipe.run.seed)
+        model: nn.Module = scratch.build_reward_model(scratch_config(recipe, len(tokenizer)), recipe.run.seed)
     else:
         model = load.load_classifier(policy.path, recipe.run.seed, attention=policy.attention)
     return _adapted(recipe, model, "SEQ_CLS")
@@ -82,7 +82,8 @@ def _adapted(recipe: Recipe, model: nn.Module, task: Literal["CAUSAL_LM", "SEQ_C
     return load.add_lora(model, load.LoraSpec(lora.r, lora.alpha, lora.targets), recipe.run.seed, task=task)
 
 
-def _scratch_config(recipe: Recipe, tokenizer: Any) -> Any:
+def scratch_config(recipe: Recipe, vocab_size: int) -> Any:
+    """Of a policy, or a reward model, that starts from random weights."""
     spec = recipe.policy.scratch
     assert spec is not None
     return scratch.build_config(
@@ -90,7 +91,7 @@ def _scratch_config(recipe: Recipe, tokenizer: Any) -> Any:
         layers=spec.layers,
         hidden_size=spec.hidden_size,
         heads=spec.heads,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         intermediate_size=spec.intermediate_size,
     )
 
@@ -131,7 +132,7 @@ def critic(recipe: Recipe, tokenizer: Any, policy: nn.Module, note: Callable[[st
             why = nothing if judge is None else f"{judge} has another vocabulary"
             note(f"value.init: {why}, so the value model starts from the policy with a new head")
     if path is None:
-        model: Any = scratch.build_reward_model(_scratch_config(recipe, tokenizer), recipe.run.seed)
+        model: Any = scratch.build_reward_model(scratch_config(recipe, len(tokenizer)), recipe.run.seed)
     else:
         model = load.load_classifier(path, recipe.run.seed, attention=recipe.policy.attention)
     load.keep_activations(model, recipe.batch.activations)

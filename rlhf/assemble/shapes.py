@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf.assemble import models
 from rlhf.errors import UserError
 from rlhf.locate import command_name
-from rlhf.models import scratch
 from rlhf.planning.families import known_config
 from rlhf.planning.shapes import Shape, read_shape
 from rlhf.recipe import Recipe, load_recipe
@@ -99,15 +99,7 @@ class Shapes:
         vocab = spec.vocab_size
         if tokenizer is not None:
             vocab = self.at(tokenizer, "policy.tokenizer", depth=depth + 1).vocab
-        config = scratch.build_config(
-            spec.family,
-            layers=spec.layers,
-            hidden_size=spec.hidden_size,
-            heads=spec.heads,
-            vocab_size=vocab,
-            intermediate_size=spec.intermediate_size,
-        )
-        name = f"{spec.family} from scratch"
+        config, name = models.scratch_config(recipe, vocab), f"{spec.family} from scratch"
         return read_shape(config, name=name, source="recipe", attention=recipe.policy.attention)
 
 

@@ -216,7 +216,7 @@ def test_several_updates_of_one_rollout(recipe: str, sft: Path) -> None:
 
 @pytest.mark.parametrize("objective", ["reinforce", "ppo"])
 def test_a_server_decodes_a_step_ahead(recipe: str, sft: Path, objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four pushes for three steps (the first one twice) and an evaluation; weights of completions show from step 2."""
+    """Four pushes for three steps, the first of other weights; the weights of completions show from step 2."""
     monkeypatch.setenv("POLICY_TOKEN", TOKEN)
     engine = Copy(lm=AutoModelForCausalLM.from_pretrained(sft).eval())
     with served(engine) as url:

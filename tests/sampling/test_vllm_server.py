@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rlhf.models.policy import ScoredModel
 from rlhf.programs.serve_policy import options
 from rlhf.sampling.completions import Ends
 from rlhf.sampling.engine import EngineSampler, Request
-from rlhf.sampling.vllm import Start
+from rlhf.sampling.vllm import InProcess, Start
 from rlhf.sampling.vllm_server import Server
 from tests.sampling.engines import TOKEN, Copy, served
 from tests.sampling.test_engine import PROMPTS, sampler
@@ -90,3 +91,25 @@ def test_what_vllm_is_started_with() -> None:
     assert written[written.index("--dtype") + 1] == "bfloat16"
     assert "--enable-prefix-caching" in written
     assert ("--no-enable-chunked-prefill" in written) == (arguments.get("enable_chunked_prefill") is False)
+
+
+def test_vllm_gives_its_memory_back_between_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Awake before weights arrive, asleep once the completions are there; where it is not to sleep it never does."""
+    monkeypatch.setattr("rlhf.sampling.vllm._parameters", lambda *_: None)
+
+    class Told:
+        """Writes down what vLLM would be told."""
+
+        def __init__(self) -> None:
+            self.log: list[str] = []
+
+        def __getattr__(self, name: str) -> Callable[..., list[Any]]:
+            return lambda *_, **__: self.log.append(name) or []
+
+    for sleeps in (True, False):
+        engine, told = InProcess(start=Start(tokens=96, dtype=torch.float32), sleeps=sleeps), Told()
+        engine.__dict__["_llm"] = told
+        engine.push(None, [])
+        engine.begin([Request([5], 1.0, 1)], 4, ENDS)()
+        pushed = ["collective_rpc", "collective_rpc", "reset_prefix_cache", "generate"]
+        assert told.log == (["wake_up", *pushed, "sleep"] if sleeps else pushed)

@@ -79,7 +79,6 @@ def test_five_steps_learn(url: str, folder: Path, ahead: bool, monkeypatch: pyte
     monkeypatch.setenv("TOKEN", TOKEN)
     server = ("rollout.engine=vllm", f"rollout.url={url}", "rollout.token_env=TOKEN", f"rollout.ahead={ahead}".lower())
     hf, vllm = learned(folder / f"hf-{ahead}"), learned(folder / f"vllm-{ahead}", *server)
-    print(hf, vllm)
     assert ahead or vllm.gap < 1e-4  # nats a token; a step ahead it holds what the update did
     # the last completions that are seen ahead come of a policy with one update less
     expected = (hf.rewards[-2] if ahead else hf.rewards[-1]) - hf.rewards[0]
