@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -181,21 +181,26 @@ def weightless_causal_lm(path: str) -> nn.Module:
 
 
 @torch.no_grad()
-def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights with the adapter added (W + α/r·BA), under the names they have without one.
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights with the adapter added (W + α/r·BA), under the names they have without one, each made when it is
+    asked for.
 
     The model itself is left as it is: merging in place and taking it out again would round every weight twice.
     """
     base = base_model(model)
-    state: dict[str, torch.Tensor] = {}
-    for name, value in base.state_dict().items():
-        if ".lora_" in name or ".original_module." in name:
+    adapted: dict[str, Any] = {
+        f"{name}.weight": module for name, module in base.named_modules() if hasattr(module, "get_delta_weight")
+    }
+    for key, value in base.state_dict().items():
+        if ".lora_" in key or ".original_module." in key:
             continue
-        state[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = value
-    for name, module in base.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            state[f"{name}.weight"] = state[f"{name}.weight"] + cast(Any, module).get_delta_weight("default")
-    return state
+        name = key.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        yield name, value + adapted[name].get_delta_weight("default") if name in adapted else value
+
+
+def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """``merged_weights``, all at once."""
+    return dict(merged_weights(model))
 
 
 def keep_activations(model: nn.Module, how: Literal["keep", "recompute", "offload"]) -> None:
@@ -258,11 +263,18 @@ def _complete_adapter(model: Any, folder: Path) -> None:
 
 
 def _stored(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state on the CPU in the type it was loaded in. What is one tensor under two names stays one, so that tied
+    weights are written once."""
     dtype = getattr(model, "stored_dtype", torch.float32)
-    return {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
-        for name, value in state.items()
-    }
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    for value in state.values():
+        if _place(value) not in copies:
+            copies[_place(value)] = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+    return {name: copies[_place(value)] for name, value in state.items()}
+
+
+def _place(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
 
 
 def _first_line(error: BaseException) -> str:

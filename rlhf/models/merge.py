@@ -16,6 +16,8 @@ from rlhf.errors import UserError
 
 # What says which texts a token id stands for, and how many there are: averages over different ones mean nothing.
 _SAME = ("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num_labels")
+_NOT_COPIED = ("*.safetensors", "*.bin", "*.pt", "README.md")
+_INDEX = "model.safetensors.index.json"
 _LOCAL = "rlhf merge reads folders of weights, such as `runs/my-run-reward/final`"
 
 
@@ -42,6 +44,8 @@ class Folder:
                 files |= {name: file for name in opened.keys()}  # noqa: SIM118 (not a mapping)
         if not files:
             raise UserError(f"{path}: holds no safetensors weights; {_LOCAL}")
+        if _is_tied(place):
+            files.pop("lm_head.weight", None)  # some programs write the embeddings under this name once more
         return cls(place, files, json.loads((place / "config.json").read_text(encoding="utf-8")))
 
     def refuse_stranger(self, other: Folder) -> None:
@@ -72,17 +76,39 @@ def merge(
     combine: the folders' tensors of one name, in their order → the new one, which is stored in the first one's type.
     config: entries of ``config.json`` that differ from the first one's.
     """
-    first, staging = folders[0], out.with_name(f".staging-{out.name}")
+    first = folders[0]
+    with _staged(out) as staging:
+        shutil.copytree(first.path, staging, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+        with _opened(folders) as read:
+            for file in sorted(set(first.files.values())):
+                _write(staging / file.name, [n for n, at in first.files.items() if at == file], read, combine)
+        if (staging / _INDEX).is_file():
+            _write_json(staging / _INDEX, _index(first))
+        _write_json(staging / "config.json", {**first.config, **config})
+        (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def _index(folder: Folder) -> dict[str, Any]:
+    """Which file holds which tensor, without those that were left out."""
+    stored: dict[str, Any] = json.loads((folder.path / _INDEX).read_text(encoding="utf-8"))
+    return {**stored, "weight_map": {name: file.name for name, file in folder.files.items()}}
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder that becomes ``out`` where all went well, and is gone where it did not."""
+    staging = out.with_name(f".staging-{out.name}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(first.path, staging, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "README.md"))
-    with _opened(folders) as read:
-        for file in sorted(set(first.files.values())):
-            _write(staging / file.name, [n for n, at in first.files.items() if at == file], read, combine)
-    written = {**first.config, **config}
-    (staging / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    staging.rename(out)
+    try:
+        yield staging
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write(
@@ -115,6 +141,12 @@ def _opened(folders: Sequence[Folder]) -> Iterator[Callable[[str], list[Tensor]]
         yield lambda name: [
             opened[folder.files[name]].get_tensor(name) for folder, opened in zip(folders, handles, strict=True)
         ]
+
+
+def _is_tied(path: Path) -> bool:
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.from_pretrained(path).get_text_config().tie_word_embeddings)
 
 
 def _vocabulary(path: Path) -> Any:

@@ -18,7 +18,7 @@ from rlhf.errors import ExitCode, UserError
 from rlhf.interfaces import StatsRequest
 from rlhf.models.chat import render_prompt
 from rlhf.models.layout import plain_rows
-from rlhf.models.load import base_model, configuration, merged_state
+from rlhf.models.load import base_model, configuration, merged_weights
 from rlhf.models.policy import ScoredModel, token_stats
 from rlhf.rollout import Prompt, Rollout
 from rlhf.sampling import completions
@@ -139,9 +139,9 @@ class EngineSampler:
         with torch.no_grad(), self.gather(model):
             if not self.proven:
                 # upside down: with the sign changed, many models compute what they did before
-                self.engine.push(config, ((name, value.flip(0)) for name, value in merged_state(model).items()))
+                self.engine.push(config, ((name, value.flip(0)) for name, value in merged_weights(model)))
                 self.proven.append(True)
-            self.engine.push(config, merged_state(model).items())
+            self.engine.push(config, merged_weights(model))
 
     def _check(self, model: nn.Module, found: Rollout) -> None:
         if not len(found):

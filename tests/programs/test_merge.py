@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.errors import ExitCode, UserError
@@ -123,3 +125,41 @@ def test_what_cannot_be_averaged(policies: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has another vocabulary"):
         run(policies, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_is_written_once_and_read_once(policies: list[Path], tmp_path: Path) -> None:
+    """A model that was loaded from bfloat16 is exported as its base was stored, and belongs to it; so does a folder of
+    another program that holds the embeddings under the head's name once more, in several files."""
+    model = AutoModelForCausalLM.from_pretrained(policies[0])
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    TOKENIZER.save_pretrained(tmp_path / "bf16")
+    trained = load.load_causal_lm(str(tmp_path / "bf16"))
+    load.export(trained, TOKENIZER, tmp_path / "trained", stop_ids=(), card="")
+    assert "lm_head.weight" not in names(tmp_path / "trained")
+    twice = shutil.copytree(policies[0], tmp_path / "twice")
+    state = {**load_file(twice / "model.safetensors"), "lm_head.weight": model.get_input_embeddings().weight.clone()}
+    (twice / "model.safetensors").unlink()
+    where = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(state)}
+    for file in set(where.values()):
+        save_file({n: state[n].contiguous() for n in state if where[n] == file}, twice / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": where}
+    (twice / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    out = run([twice, tmp_path / "trained"], tmp_path / "mean")
+    assert "lm_head.weight" not in names(out)
+    for name, value in weights(out).items():
+        torch.testing.assert_close(value, state.get(name, value).float(), rtol=1e-2, atol=1e-2)  # bfloat16 rounds
+
+
+def names(folder: Path) -> set[str]:
+    return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
+def test_nothing_half_written_is_left(policies: list[Path], tmp_path: Path) -> None:
+    """A tensor of another shape is found when the first ones are written already."""
+    file = policies[1] / "model.safetensors"
+    state = load_file(file)
+    state["model.norm.weight"] = state["model.norm.weight"][:-1].contiguous()
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight has the shapes"):
+        run(policies[:2], tmp_path / "new" / "mean")
+    assert list((tmp_path / "new").iterdir()) == []
