@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -90,13 +91,13 @@ def sampler(
     )
 
 
-def engine(recipe: Recipe, runtime: Runtime, tokenizer: Any) -> Engine | None:
-    """What decodes in place of the policy, where the recipe says so. It starts when it is first asked."""
+def engine(recipe: Recipe, runtime: Runtime, tokenizer: Any, run: Path) -> Engine | None:
+    """What decodes in place of the policy, where the recipe says so. It starts when it is first asked. run: folder."""
     settings = recipe.rollout
     if settings.engine == "hf":
         return None
     if settings.url is not None:
-        return Shared(_server(recipe, settings.url), runtime)
+        return Shared(_server(recipe, settings.url, run), runtime)
     if runtime.world_size > 1:
         raise UserError(
             f"rollout.engine=vllm decodes in the process that trains, and there are {runtime.world_size}; start "
@@ -120,14 +121,21 @@ def vllm_start(recipe: Recipe) -> Start:
     )
 
 
-def _server(recipe: Recipe, url: str) -> Engine:
+def _server(recipe: Recipe, url: str, run: Path) -> Engine:
     settings = recipe.rollout
     return Server(
         url=url.rstrip("/"),
-        folder=Path(settings.push_folder) if settings.push_folder else recipe.output_dir / "pushed",
+        folder=_push_folder(settings.push_folder, run),
         dtype=models.compute_dtype(recipe),
         token=os.environ[settings.token_env] if settings.token_env else None,
     )
+
+
+def _push_folder(named: str | None, run: Path) -> Path:
+    """Each run's own, the same one when it goes on."""
+    if named is None:
+        return run / "pushed"
+    return Path(named) / f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
 
 
 def evaluation(
@@ -180,7 +188,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     if isinstance(anchor, MovingReference):
         session.kept["reference"] = anchor.moving()
     settings, layout = recipe.rollout, models.layout(recipe, policy, anchor)
-    decoder = engine(recipe, runtime, tokenizer)
+    decoder = engine(recipe, runtime, tokenizer, session.root.parent)
     k, temperature = settings.samples_per_prompt, settings.temperature
     stream = streams.ShuffledPrompts(
         prompts=train_prompts,

@@ -91,7 +91,7 @@ def rollout_metrics(rollout: Rollout, stats: TokenStats, beta: float, collective
         sums["policy/entropy"] = (torch.where(mask, stats.entropy, 0.0).sum(), mask.sum())
     if rollout.returns is not None and rollout.values is not None:
         sums |= _value_sums(rollout.values, rollout.returns, mask)
-    if rollout.rollout_logprobs is not None:
+    if rollout.rollout_logprobs is not None and stats.logprobs is not rollout.rollout_logprobs:
         gap = torch.where(mask, (stats.logprobs - rollout.rollout_logprobs).abs(), 0.0)
         sums["policy/sampler_gap"] = (gap.sum(), mask.sum())
     for name, score in rollout.scores.items():

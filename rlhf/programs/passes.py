@@ -72,7 +72,7 @@ def metrics(
     means["optim/lr"] = rows[-1]["optim/lr"]
     if passes.updates > 1:
         means["optim/updates"] = float(len(updates))
-    if passes.updates > 1 or getattr(objective, "stale", False):
+    if updates[0].part.old_logprobs is not None:  # several updates a rollout, or completions of an older policy
         means["policy/effective_sample_share"] = _effective_share(updates[-passes.minibatches :], collective)
     tell = getattr(objective, "diagnostics", None)
     told = [tell(each.report.stats[0], each.part) for each in updates] if tell is not None else [{}]

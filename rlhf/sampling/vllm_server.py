@@ -22,6 +22,7 @@ from rlhf.sampling.completions import Completion, Ends
 from rlhf.sampling.engine import Pending, Request
 
 MODEL = "policy"  # what the server calls it
+_PUSH = "push-"
 FILE_BYTES = 4 * 2**30
 PATIENCE = httpx.Timeout(30.0, read=1700.0, pool=None)  # a row may wait for others; less than a process group waits
 MOST = httpx.Limits(max_connections=256, max_keepalive_connections=256)  # vLLM's own most at once, and few sockets
@@ -33,7 +34,8 @@ def _one_thread() -> ThreadPoolExecutor:
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """An Engine at ``url``. folder: weights pass through files in it, so the server's machine must see it too.
+    """An Engine at ``url``. folder: weights pass through files in it, so the server's machine must see it too; no other
+    run may use it, since what a killed push left there goes with the next one.
 
     dtype: what the weights are rounded to. token: what the server was started with. One thing is done at a time and in
     the order it was asked for: a push waits for the rollout that is being decoded. Raises UserError where the server
@@ -55,7 +57,9 @@ class Server:
 
     def _push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix="push-", dir=self.folder))
+        for left in self.folder.glob(f"{_PUSH}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        place = Path(tempfile.mkdtemp(prefix=_PUSH, dir=self.folder))
         try:
             self._write(weights, place)
             with self._told(), httpx.Client(**self._client()) as client:

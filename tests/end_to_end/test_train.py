@@ -214,19 +214,38 @@ def test_several_updates_of_one_rollout(recipe: str, sft: Path) -> None:
     assert state["train"]["optimizer_step"] == 6
 
 
-@pytest.mark.parametrize("objective", ["reinforce", "ppo"])
+@pytest.mark.parametrize("objective", ["reinforce", "ppo", "a2c"])
 def test_a_server_decodes_a_step_ahead(recipe: str, sft: Path, objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four pushes for three steps, the first of other weights; the weights of completions show from step 2."""
     monkeypatch.setenv("POLICY_TOKEN", TOKEN)
     engine = Copy(lm=AutoModelForCausalLM.from_pretrained(sft).eval())
     with served(engine) as url:
         where = ("rollout.engine=vllm", f"rollout.url={url}", "rollout.token_env=POLICY_TOKEN", "rollout.ahead=true")
-        code = rlhf.train(recipe, f"objective={objective}", "run.steps=3", *where)
+        code = rlhf.train(recipe, f"objective={objective}", "run.steps=3", "ppo.minibatches=2", *where)
     assert code == ExitCode.DONE
     run = Run(Path("runs") / f"tiny-{objective}")
     assert [entry for entry in engine.log if entry == "push"] == ["push"] * 4
     assert list((run.path / "pushed").iterdir()) == []
     shares = [row["policy/effective_sample_share"] for row in run.metrics]
     assert all(0 < share <= 1.0001 for share in shares)
-    if objective == "reinforce":  # ppo's are of its last epoch, which has moved away from any rollout
+    assert all(("policy/sampler_gap" in row) == (objective != "ppo") for row in run.metrics)  # see docs/algorithms.md
+    if objective != "ppo":  # whose shares are of its last epoch: it has moved away from any rollout
         assert shares[0] == pytest.approx(1.0, abs=1e-5) and shares[1] < 0.999
+
+
+def test_each_run_pushes_through_a_folder_of_its_own(
+    recipe: str, sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs of one recipe, the second one numbered, may share `rollout.push_folder`."""
+    monkeypatch.setenv("POLICY_TOKEN", TOKEN)
+    engine, shared = Copy(lm=AutoModelForCausalLM.from_pretrained(sft).eval()), tmp_path / "shared"
+    with served(engine) as url:
+        engine_at = ("rollout.engine=vllm", f"rollout.url={url}", "rollout.token_env=POLICY_TOKEN")
+        where = (*engine_at, "run.steps=1", "run.resume=never")
+        for each in ((), (), (f"rollout.push_folder={shared}",), (f"rollout.push_folder={shared}",)):
+            assert rlhf.train(recipe, *where, *each) == ExitCode.DONE
+    assert [(Path("runs") / name / "pushed").exists() for name in ("tiny-reinforce", "tiny-reinforce-2")] == [True] * 2
+    assert sorted(path.name[: -len("-12345678")] for path in shared.iterdir()) == [
+        "tiny-reinforce-3",
+        "tiny-reinforce-4",
+    ]

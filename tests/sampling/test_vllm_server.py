@@ -51,6 +51,13 @@ def test_completions_are_those_of_the_engine_itself(url: str, engine: Copy, tmp_
     assert list(tmp_path.iterdir()) == []  # weights are not left lying about
 
 
+def test_a_push_removes_what_a_killed_one_left(url: str, tmp_path: Path) -> None:
+    (tmp_path / "push-killed").mkdir()
+    (tmp_path / "push-killed" / "00000.safetensors").write_bytes(b"half of it")
+    client(url, tmp_path).push(None, tiny_lm(0).state_dict().items())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_push_waits_for_what_is_being_decoded(url: str, engine: Copy, tmp_path: Path) -> None:
     server = client(url, tmp_path)
     server.push(None, tiny_lm(0).state_dict().items())
