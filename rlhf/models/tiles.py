@@ -78,7 +78,8 @@ class _Sums:
     """Sums over the vocabulary so far, [n] float64 each, relative to the largest logit so far."""
 
     def __init__(self, like: Tensor) -> None:
-        self.top = like.new_full(like.shape, torch.finfo(torch.float64).min / 2, dtype=torch.float64)
+        # below any finite logit, and itself finite in float32: a first tile of −inf alone adds nothing
+        self.top = like.new_full(like.shape, torch.finfo(torch.float32).min / 2, dtype=torch.float64)
         # Σ e^x, Σ e^x·x, Σ_{v≠y} e^{2x}, Σ e^x·(l − r) with x = l − top; l_y
         self.mass, self.weighted, self.squares, self.gap, self.chosen = self.top.new_zeros(5, *like.shape)
 
@@ -139,18 +140,27 @@ class TiledStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, *saved = ctx.saved_tensors
-        plan, wanted = ctx.plan, ctx.needs_input_grad
-        of_logprobs, of_kl = gradients[0], gradients[3]
+        hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, *kept = ctx.saved_tensors
+        plan, of_logprobs, of_kl = ctx.plan, gradients[0], gradients[3]
         if of_logprobs is None and of_kl is None:
             return (None,) * 8
-        head, states = Head(weight, bias, plan.softcap), hidden.to(plan.dtype)
-        other = None if ref_weight is None else Head(ref_weight, ref_bias, plan.ref_softcap)
-        ref_states = None if ref_hidden is None else ref_hidden.to(plan.dtype)
-        into = _Into.of(hidden, weight, bias, wanted, ctx.parameter)
+        slopes = _Slopes(
+            head=Head(weight, bias, plan.softcap),
+            states=hidden.to(plan.dtype),
+            targets=targets,
+            plan=plan,
+            other=None if ref_weight is None else Head(ref_weight, ref_bias, plan.ref_softcap),
+            ref_states=None if ref_hidden is None else ref_hidden.to(plan.dtype),
+            total=kept[0],
+            ref_total=kept[1],
+            kl=kept[2],
+            of_logprobs=of_logprobs,
+            of_kl=of_kl,
+        )
+        into = _Into.of(hidden, weight, bias, ctx.needs_input_grad, ctx.parameter)
         for rows, columns in plan.tiles(*hidden.shape[:1], weight.shape[0]):
-            tile = _gradient(head, states, targets, plan, other, ref_states, saved, (of_logprobs, of_kl), rows, columns)
-            into.add(tile.to(plan.dtype), states[rows], weight[columns].to(plan.dtype), rows, columns)
+            tile = slopes.tile(rows, columns).to(plan.dtype)
+            into.add(tile, slopes.states[rows], weight[columns].to(plan.dtype), rows, columns)
         return into.hidden_like(hidden), into.returned_weight, into.bias, *[None] * 5
 
 
@@ -203,42 +213,53 @@ def _statistics(
     return stats, (total, ref_total, kl)
 
 
-def _gradient(
-    head: Head,
-    states: Tensor,
-    targets: Tensor,
-    plan: Plan,
-    other: Head | None,
-    ref_states: Tensor | None,
-    saved: list[Tensor | None],
-    gradients: tuple[Tensor | None, Tensor | None],
-    rows: slice,
-    columns: slice,
-) -> Tensor:
-    """[rows, columns]: the derivative in the products W·h."""
-    temperature, (total, ref_total, kl), (of_logprobs, of_kl) = plan.request.temperature, saved, gradients
-    assert total is not None
-    logits = head.tile(states[rows], columns, temperature, plan.dtype)
-    slope = None
-    if head.softcap is not None:
-        slope = (logits * (temperature / head.softcap)).square_().neg_().add_(1.0)
-    full = logits.sub_(total[rows, None].to(logits.dtype))
-    charge: Tensor | float = 0.0
-    if of_kl is not None and other is not None and ref_states is not None and ref_total is not None and kl is not None:
-        reference = other.tile(ref_states[rows], columns, temperature, plan.dtype)
-        charge = reference.sub_((ref_total - kl)[rows, None].to(full.dtype)).neg_().add_(full).mul_(of_kl[rows, None])
-    tile = full.exp_()
-    if of_logprobs is None:
-        tile = tile * charge
-    else:
-        own = of_logprobs[rows, None].to(tile.dtype)
-        tile.mul_(charge - own)
-        at = (targets[rows] - columns.start)[:, None]
+@dataclass(frozen=True, kw_only=True)
+class _Slopes:
+    """Derivatives in the products W·h, from what forward kept ([n] each): log Σ e^l, log Σ e^r and KL(p‖q), and from
+    the gradients of log p(y) and of KL; None = there is none."""
+
+    head: Head
+    states: Tensor
+    targets: Tensor
+    plan: Plan
+    other: Head | None
+    ref_states: Tensor | None
+    total: Tensor
+    ref_total: Tensor | None
+    kl: Tensor | None
+    of_logprobs: Tensor | None
+    of_kl: Tensor | None
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """[rows, columns]."""
+        temperature, softcap = self.plan.request.temperature, self.head.softcap
+        logits = self.head.tile(self.states[rows], columns, temperature, self.plan.dtype)
+        slope = None if softcap is None else (logits * (temperature / softcap)).square_().neg_().add_(1.0)
+        full = logits.sub_(self.total[rows, None].to(logits.dtype))
+        charge = self._charge(full, rows, columns)
+        tile = self._pulled(full.exp_(), charge, rows, columns)
+        if slope is not None:
+            tile.mul_(slope)
+        return tile if temperature == 1.0 else tile.div_(temperature)
+
+    def _charge(self, full: Tensor, rows: slice, columns: slice) -> Tensor | float:
+        """κ·(log p − log q − KL), with ``full`` = log p."""
+        if self.of_kl is None or self.other is None:
+            return 0.0
+        assert self.ref_states is not None and self.ref_total is not None and self.kl is not None
+        reference = self.other.tile(self.ref_states[rows], columns, self.plan.request.temperature, self.plan.dtype)
+        centre = (self.ref_total - self.kl)[rows, None].to(full.dtype)
+        return reference.sub_(centre).neg_().add_(full).mul_(self.of_kl[rows, None])
+
+    def _pulled(self, probabilities: Tensor, charge: Tensor | float, rows: slice, columns: slice) -> Tensor:
+        """p·(charge − g), and g more at the target."""
+        if self.of_logprobs is None:
+            return probabilities * charge
+        own = self.of_logprobs[rows, None].to(probabilities.dtype)
+        tile = probabilities.mul_(charge - own)
+        at = (self.targets[rows] - columns.start)[:, None]
         inside = (at >= 0) & (at < tile.shape[1])
-        tile.scatter_add_(1, at.clamp(0, tile.shape[1] - 1), own * inside)
-    if slope is not None:
-        tile.mul_(slope)
-    return tile if temperature == 1.0 else tile.div_(temperature)
+        return tile.scatter_add_(1, at.clamp(0, tile.shape[1] - 1), own * inside)
 
 
 @dataclass

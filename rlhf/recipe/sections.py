@@ -305,7 +305,7 @@ class RolloutSettings(Section):
     push_folder: str | None = Field(
         default=None,
         min_length=1,
-        description="Weights go to the server through a folder in this one, seen by both; null = `pushed` in the run directory.",
+        description="Weights go to the server through a folder in this one, seen by both; null = `pushed` of the run.",
     )
     ahead: bool = Field(
         default=False,

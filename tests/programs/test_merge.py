@@ -141,7 +141,9 @@ def test_a_tied_head_is_written_once_and_read_once(policies: list[Path], tmp_pat
     (twice / "model.safetensors").unlink()
     where = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(state)}
     for file in set(where.values()):
-        save_file({n: state[n].contiguous() for n in state if where[n] == file}, twice / file, metadata={"format": "pt"})
+        save_file(
+            {n: state[n].contiguous() for n in state if where[n] == file}, twice / file, metadata={"format": "pt"}
+        )
     index = {"metadata": {}, "weight_map": where}
     (twice / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     out = run([twice, tmp_path / "trained"], tmp_path / "mean")
