@@ -345,6 +345,22 @@ def test_a_head_with_bias_and_its_own_weights() -> None:
     torch.testing.assert_close(head(hidden, targets, StatsRequest())[0], expected, atol=1e-14, rtol=0)
 
 
+def test_tokens_that_can_never_be_drawn_come_first() -> None:
+    """A bias of −inf rules them out, all of the first tile: nothing of it is counted, forwards or backwards."""
+    linear = nn.Linear(4, VOCAB)
+    with torch.no_grad():
+        linear.bias[:30] = -torch.inf
+    hidden, targets = torch.randn(7, 4, requires_grad=True), torch.arange(40, 47)
+    own = ChunkedHead(linear, chunk_bytes=2 * 4 * VOCAB)(hidden, targets, StatsRequest())[0]
+    expected = linear(hidden).log_softmax(-1)[range(7), targets]
+    torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-6)  # fp32 rounding
+    gradients = [
+        torch.autograd.grad(each.sum(), [hidden, linear.weight], retain_graph=True) for each in (own, expected)
+    ]
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+
+
 def test_the_gradient_added_in_place_survives_hooks_on_saved_tensors() -> None:
     """They hand backward another tensor than the parameter; its ``grad`` is not the parameter's."""
     linear = nn.Linear(4, VOCAB, bias=False)

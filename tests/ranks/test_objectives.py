@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,14 +55,19 @@ CASES: dict[str, dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
 
 
 @pytest.fixture(scope="module")
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which all runs of an accelerate config have ended: with one process, and with two."""
-    config, place = request.param, tmp_path_factory.mktemp(request.param)
-    start.write(place, RECIPE)
-    start.train_several(place, None, [_run(f"alone-{name}", *case[:2]) for name, case in CASES[config].items()])
-    both = [_run(f"both-{name}", case[0], (*case[1], *case[2])) for name, case in CASES[config].items()]
-    start.train_several(place, _config(config, place), both)
-    return place
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """accelerate config → the folder in which all its runs have ended: with one process, and with two."""
+
+    @cache
+    def folder(config: str) -> Path:
+        place, cases = tmp_path_factory.mktemp(config), CASES[config].items()
+        start.write(place, RECIPE)
+        start.train_several(place, None, [_run(f"alone-{name}", *case[:2]) for name, case in cases])
+        both = [_run(f"both-{name}", case[0], (*case[1], *case[2])) for name, case in cases]
+        start.train_several(place, _config(config, place), both)
+        return place
+
+    return folder
 
 
 def _run(name: str, objective: str, settings: tuple[str, ...]) -> tuple[str, ...]:
@@ -78,10 +85,8 @@ def _config(name: str, place: Path) -> Path:
 
 @pytest.mark.ranks
 @pytest.mark.slow  # half a minute a config, for what the layouts' own tests prove of the gradient
-@pytest.mark.parametrize(
-    ("finished", "name"), [(config, name) for config in CASES for name in CASES[config]], indirect=["finished"]
-)
-def test_two_ranks_end_where_one_does(finished: Path, name: str, request: pytest.FixtureRequest) -> None:
-    objective = CASES[request.node.callspec.params["finished"]][name][0]
-    alone, both = (start.weights(finished, f"{kind}-{name}", objective) for kind in ("alone", "both"))
+@pytest.mark.parametrize(("config", "name"), [(config, name) for config in CASES for name in CASES[config]])
+def test_two_ranks_end_where_one_does(config: str, name: str, finished: Callable[[str], Path]) -> None:
+    folder, objective = finished(config), CASES[config][name][0]
+    alone, both = (start.weights(folder, f"{kind}-{name}", objective) for kind in ("alone", "both"))
     assert start.apart(alone, both) <= 1e-5
