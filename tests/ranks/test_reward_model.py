@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,13 +26,22 @@ tracking: {to: []}
 LORA = ("policy.lora.r=4", "policy.lora.alpha=8")
 
 
-def trained(folder: Path, name: str, config: str | None, *overrides: str) -> tuple[torch.Tensor, dict[str, float]]:
-    """(all weights of final/, the last held-out figures) of a run of its own."""
-    launch = ["--accelerate", config] if config else []
-    command = [sys.executable, "-m", "rlhf", "train", "recipe.yaml", f"run.name={name}", *overrides, *launch]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+KINDS: dict[str, tuple[str, ...]] = {"full": (), "lora": LORA}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both kinds trained by one process, by two under DDP, and by two under ZeRO-3."""
+    place = tmp_path_factory.mktemp("reward")
+    start.write(place, RECIPE)
+    for where in ("alone", "cpu_2ranks", "cpu_zero3"):
+        config = None if where == "alone" else start.CONFIGS / f"{where}.yaml"
+        start.train_several(place, config, [(f"run.name={kind}-{where}", *more) for kind, more in KINDS.items()])
+    return place
+
+
+def trained(folder: Path, name: str) -> tuple[torch.Tensor, dict[str, float]]:
+    """(all weights of final/, the last held-out figures)."""
     run = folder / "runs" / f"{name}-reward"
     weights = load_file(run / "final" / "model.safetensors")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -43,27 +49,12 @@ def trained(folder: Path, name: str, config: str | None, *overrides: str) -> tup
     return torch.cat([weights[key].flatten() for key in sorted(weights)]), figures
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe and the language model it starts from."""
-    place = tmp_path_factory.mktemp("reward")
-    start.write(place, RECIPE)
-    return place
-
-
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        pytest.param((), id="full"),
-        pytest.param(LORA, id="lora", marks=pytest.mark.slow),  # a minute more for what differs in the merge alone
-    ],
-)
-def test_two_ranks_train_the_reward_model_of_one(overrides: tuple[str, ...], folder: Path) -> None:
-    kind = "lora" if overrides else "full"
-    weights, figures = trained(folder, f"{kind}-one", None, *overrides)
-    for config in ("cpu_2ranks", "cpu_zero3"):
-        got, told = trained(folder, f"{kind}-{config}", config, *overrides)
-        assert float((got - weights).norm() / weights.norm()) <= 1e-5, config
-        for name in ("eval/accuracy", "eval/margin", "eval/calibration_error"):
-            assert told[name] == pytest.approx(figures[name], rel=1e-4, abs=1e-5), (config, name)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", ["cpu_2ranks", "cpu_zero3"])
+def test_two_ranks_train_the_reward_model_of_one(kind: str, config: str, folder: Path) -> None:
+    weights, figures = trained(folder, f"{kind}-alone")
+    got, told = trained(folder, f"{kind}-{config}")
+    assert start.apart(weights, got) <= 1e-5
+    for name in ("eval/accuracy", "eval/margin", "eval/calibration_error"):
+        assert told[name] == pytest.approx(figures[name], rel=1e-4, abs=1e-5), name
