@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -23,9 +24,38 @@ class Microbatch:
     filler: bool = False
 
 
+@dataclass(frozen=True)
+class Microbatches(Sequence[Microbatch]):
+    """A batch cut up; each part is copied out when it is asked for, so that no second copy of the batch is held.
+
+    cuts: the rows of each. fillers: how many follow.
+    """
+
+    batch: TokenBatch
+    cuts: Sequence[Tensor]
+    fillers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.cuts) + self.fillers
+
+    @overload
+    def __getitem__(self, at: int) -> Microbatch: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Microbatch]: ...
+
+    def __getitem__(self, at: int | slice) -> Microbatch | list[Microbatch]:
+        if isinstance(at, slice):
+            return [self[each] for each in range(*at.indices(len(self)))]
+        place = range(len(self))[at]
+        rows = self.cuts[min(place, len(self.cuts) - 1)]
+        part = Microbatch(self.batch.select(rows), rows)
+        return part if place < len(self.cuts) else _filler(part)
+
+
 def split(
     batch: TokenBatch, budget_tokens: int, collective: Collective | None = None, cost: Cost = plain_rows.cells
-) -> list[Microbatch]:
+) -> Microbatches:
     """Units packed by ``pack``: a pure function of the lengths and groups.
 
     Every rank gets the same number of microbatches (the largest over ranks), the missing ones as fillers.
@@ -37,12 +67,10 @@ def split(
     )
     sizes = [Size.of([prompts[row] for row in unit], [completions[row] for row in unit]) for unit in units]
     cuts = [torch.tensor([row for at in cut for row in units[at]]) for cut in pack(sizes, budget_tokens, cost)]
-    microbatches = [Microbatch(batch.select(rows), rows) for rows in cuts]
-    if collective is not None and collective.world_size > 1:
-        count = torch.tensor(len(microbatches), device=batch.group.device)
-        missing = int(collective.max(count)) - len(microbatches)
-        microbatches += [_filler(microbatches[-1]) for _ in range(missing)]
-    return microbatches
+    if collective is None or collective.world_size == 1:
+        return Microbatches(batch, cuts)
+    count = torch.tensor(len(cuts), device=batch.group.device)
+    return Microbatches(batch, cuts, fillers=int(collective.max(count)) - len(cuts))
 
 
 def pack(sizes: Sequence[Size], budget_tokens: int, cost: Cost) -> list[list[int]]:

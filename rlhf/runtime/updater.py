@@ -20,7 +20,7 @@ from rlhf.models.policy import token_stats
 from rlhf.models.reference import Reference
 from rlhf.rollout import TokenBatch
 from rlhf.runtime.distributed import Runtime
-from rlhf.runtime.microbatches import Collected, Microbatch, split
+from rlhf.runtime.microbatches import Collected, Microbatch, Microbatches, split
 
 
 class Forward(Protocol):
@@ -143,7 +143,7 @@ class Updater:
         totals = self.runtime.sum(torch.stack(list(losses.values()))).tolist()
         return dict(zip(losses, totals, strict=True)), tuple(kept.stats() for kept in collected), done
 
-    def _cut(self, term: Term) -> list[Microbatch]:
+    def _cut(self, term: Term) -> Microbatches:
         return split(term.batch, self.microbatch_tokens, self.runtime, self.cost)
 
     def _count(self, term: Term) -> Tensor:

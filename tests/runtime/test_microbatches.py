@@ -61,3 +61,12 @@ def test_more_groups_fit_where_they_share_their_prompts() -> None:
     batch = TokenBatch.from_ids([[2] * 90] * 16, [[5] * 10] * 16, group=[row // 4 for row in range(16)])
     assert len(split(batch, 520, None, plain_rows.cells)) == 4
     assert len(split(batch, 520, None, SharedPrompts().cells)) == 1
+
+
+def test_microbatches_are_a_sequence_that_holds_one_at_a_time() -> None:
+    batch = rollout(0, groups=5, k=2, longest=9)
+    cuts = split(batch, 40)
+    assert cuts[-1].rows.tolist() == list(cuts)[-1].rows.tolist() == cuts[len(cuts) - 1 :][0].rows.tolist()
+    assert cuts[0].batch is not cuts[0].batch  # made anew
+    with pytest.raises(IndexError):
+        cuts[len(cuts)]
