@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from pathlib import Path
@@ -28,6 +27,7 @@ from rlhf.programs.evaluation import Evaluation
 from rlhf.programs.passes import passes_of
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
+from rlhf.recipe.servers import addresses, token_of
 from rlhf.rewards.combine import RewardSet
 from rlhf.rewards.model import RewardModel, short_name
 from rlhf.rollout import Prompt
@@ -124,10 +124,10 @@ def vllm_start(recipe: Recipe) -> Start:
 def _server(recipe: Recipe, url: str, run: Path) -> Engine:
     settings = recipe.rollout
     return Server(
-        url=url.rstrip("/"),
+        url=addresses(url)[0],
         folder=_push_folder(settings.push_folder, run),
         dtype=models.compute_dtype(recipe),
-        token=os.environ[settings.token_env] if settings.token_env else None,
+        token=token_of(settings.token_env) if settings.token_env else None,
     )
 
 

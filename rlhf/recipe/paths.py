@@ -19,7 +19,7 @@ from rlhf.objectives.presets import is_dotted
 from rlhf.recipe.marks import KeyPath, Problem, read_file
 from rlhf.recipe.reading import on_policy, reads, reward_sources
 from rlhf.recipe.schema import DataSource, Recipe, fill
-from rlhf.recipe.sections import Run
+from rlhf.recipe.sections import RewardSource, RolloutSettings, Run
 from rlhf.recipe.servers import token_of
 from rlhf.recipe.validate import Rule
 from rlhf.recipe.wording import is_secret, near, shown
@@ -138,11 +138,12 @@ def _data_exists(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _tokens_are_set(recipe: Recipe) -> Iterator[Problem]:
-    for here, source in reward_sources(recipe):
-        if source.url is None or source.token_env is None:
+    servers: list[tuple[KeyPath, RewardSource | RolloutSettings]] = [*reward_sources(recipe)]
+    for here, server in [*servers, (("rollout",), recipe.rollout)]:
+        if server.url is None or server.token_env is None:
             continue
         try:
-            token_of(source.token_env)
+            token_of(server.token_env)
         except UserError as error:
             yield Problem((*here, "token_env"), str(error))
 

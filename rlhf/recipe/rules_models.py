@@ -5,7 +5,6 @@ A rule looks only at what the objective reads: sections of other objectives may 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -14,7 +13,7 @@ from rlhf.recipe.marks import KeyPath, Problem
 from rlhf.recipe.reading import on_policy, program_of, reads, reward_sources
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.sections import RewardModel, RewardSource
-from rlhf.recipe.servers import wrong_addresses
+from rlhf.recipe.servers import addresses, wrong_addresses
 from rlhf.recipe.validate import Rule, registrar
 
 RULES: list[Rule] = []
@@ -171,10 +170,12 @@ def completions_are_decoded_here(recipe: Recipe) -> Iterator[Problem]:
 @rule
 def a_server_is_vllm(recipe: Recipe) -> Iterator[Problem]:
     settings = recipe.rollout
+    if settings.url is not None and (wrong := wrong_addresses(settings.url)) is not None:
+        yield Problem(("rollout", "url"), wrong)
+    elif settings.url is not None and len(addresses(settings.url)) > 1:
+        yield Problem(("rollout", "url"), "names several servers; weights are pushed to one, so name that one")
     if settings.url is not None and settings.engine != "vllm":
         yield Problem(("rollout", "url"), "a server decodes for engine=vllm alone; set rollout.engine=vllm, or null")
-    if settings.token_env is not None and settings.url is not None and settings.token_env not in os.environ:
-        yield Problem(("rollout", "token_env"), f"{settings.token_env} is not set; export it with the server's token")
 
 
 @rule

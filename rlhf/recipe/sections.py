@@ -295,7 +295,7 @@ class RolloutSettings(Section):
     )
     sleep: bool = Field(default=True, description="On a GPU, vLLM in this process gives its memory back in between.")
     url: str | None = Field(
-        default=None, pattern=r"^https?://\S+$", description="Where `rlhf serve-policy` serves; null = in this process."
+        default=None, min_length=1, description="Where `rlhf serve-policy` serves; null = in this process."
     )
     token_env: str | None = Field(
         default=None,

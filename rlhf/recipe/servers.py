@@ -1,4 +1,4 @@
-"""Addresses of reward servers: what is one, what is on this machine, what travels unencrypted. No torch."""
+"""Addresses of servers: what is one, what is on this machine, what travels unencrypted. No torch."""
 
 from __future__ import annotations
 
@@ -31,16 +31,23 @@ def _wrong(address: str) -> str | None:
         host, _ = parts.hostname, parts.port
     except ValueError as error:
         return f"{shown(address)} is no address ({error}); write http://host:port"
-    if parts.scheme not in ("http", "https") or not host:
+    if parts.scheme not in ("http", "https") or not host or not _sayable(address):
         return f"{shown(address)} is no address of a server; write http://host:port"
     if "@" in parts.netloc:
         return f"{shown(address)} holds a name or password; put the token into a variable and name it in token_env"
     if parts.query or parts.fragment:
         return f"{shown(address)} has something behind its path; the server's own paths are added to it"
     numeric = _numeric(host)
+    if numeric is None and "." in host and host.replace(".", "").isdecimal():
+        return f"{shown(address)} is no address: {shown(host)} has the form of an IP address and is none"
     if numeric is not None and numeric.is_link_local:
         return f"{shown(address)} is link-local, where clouds hand out credentials; name the server's own address"
     return None
+
+
+def _sayable(address: str) -> bool:
+    """Neither spaces nor control characters, which no address holds."""
+    return address.isprintable() and " " not in address
 
 
 def is_loopback(host: str) -> bool:

@@ -10,7 +10,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -23,6 +23,7 @@ from rlhf.errors import ExitCode, UserError
 from rlhf.rewards.contract import CONTRACT_PATH, IDENTITY_HEADER, SCORE_PATH, Contract
 from rlhf.rewards.replicas import Away, Replicas, Reply
 from rlhf.rollout import Prompt, Rollout
+from rlhf.runtime.background import Background
 
 ROWS, BYTES = 64, 2**20  # of one request: enough for a forward, and little to send again
 IN_FLIGHT = 4  # requests to each server at once: it is never idle, and others get their turn
@@ -59,9 +60,9 @@ class ServerReward:
 
     def begin(self, rollout: Rollout, step: int = 0) -> Callable[[], Tensor]:
         """The same, asked in a thread of its own: every rank has to call what it returns."""
-        pool = ThreadPoolExecutor(1, "reward-rollout")
-        asked = pool.submit(self.score_texts, rollout.prompts, rollout.texts, rollout.finished.tolist())
-        pool.shutdown(wait=False)
+        asked = Background(1, "reward-rollout").submit(
+            self.score_texts, rollout.prompts, rollout.texts, rollout.finished.tolist()
+        )
 
         def finish() -> Tensor:
             scores, failure = [], None
@@ -81,18 +82,19 @@ class ServerReward:
         """[B] scores in the order of the texts, NaN for none; requests run beside each other. Raises UserError."""
         parts = list(_parts(prompts, texts, finished, self.contract))
         stop = threading.Event()
-        with ThreadPoolExecutor(IN_FLIGHT * len(self.replicas.urls), "reward-server") as pool:
-            try:
-                asked = [pool.submit(self._part, number, *part, stop) for number, part in enumerate(parts)]
-                wait(asked, return_when=FIRST_EXCEPTION)
-                for future in asked:
-                    if future.done() and (error := future.exception()) is not None:
-                        raise error
-                return [score for future in asked for score in future.result()]
-            except BaseException:
-                stop.set()  # the others need not try on
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = Background(IN_FLIGHT * len(self.replicas.urls), "reward-server")
+        asked = [pool.submit(self._part, number, *part, stop) for number, part in enumerate(parts)]
+        try:
+            wait(asked, return_when=FIRST_EXCEPTION)
+            for future in asked:
+                if future.done() and (error := future.exception()) is not None:
+                    raise error
+            return [score for future in asked for score in future.result()]
+        except BaseException:
+            stop.set()  # the others need not try on
+            for future in asked:
+                future.cancel()
+            raise
 
     def _part(self, number: int, body: bytes, rows: int, stop: threading.Event) -> list[float]:
         reply = self.replicas.ask(number, SCORE_PATH, body, stop)

@@ -7,7 +7,6 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhf.errors import UserError
+from rlhf.runtime.background import Background
 from rlhf.sampling.completions import Completion, Ends
 from rlhf.sampling.engine import Pending, Request
 
@@ -28,8 +28,8 @@ PATIENCE = httpx.Timeout(30.0, read=1700.0, pool=None)  # a row may wait for oth
 MOST = httpx.Limits(max_connections=256, max_keepalive_connections=256)  # vLLM's own most at once, and few sockets
 
 
-def _one_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="vllm-server")
+def _one_thread() -> Background:
+    return Background(1, "vllm-server")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,36 +38,36 @@ class Server:
     run may use it, since what a killed push left there goes with the next one.
 
     dtype: what the weights are rounded to. token: what the server was started with. One thing is done at a time and in
-    the order it was asked for: a push waits for the rollout that is being decoded. Raises UserError where the server
-    cannot be reached or refuses.
+    the order it was asked for: a push waits for the rollout that is being decoded. What runs in ``queue`` computes no
+    tensors: the end of the process would abort it in the middle. Raises UserError where the server cannot be reached or
+    refuses.
     """
 
     url: str
     folder: Path
     dtype: torch.dtype
     token: str | None = field(default=None, repr=False)
-    queue: ThreadPoolExecutor = field(default_factory=_one_thread)
+    queue: Background = field(default_factory=_one_thread)
 
     def push(self, config: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self.queue.submit(self._push, weights).result()
-
-    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> Pending:
-        asked = [_body(request, max_new_tokens, ends) for request in requests]
-        return self.queue.submit(lambda: asyncio.run(self._decode(asked))).result
-
-    def _push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{_PUSH}*"):
             shutil.rmtree(left, ignore_errors=True)
-        place = Path(tempfile.mkdtemp(prefix=_PUSH, dir=self.folder))
-        try:
+        with tempfile.TemporaryDirectory(prefix=_PUSH, dir=self.folder, ignore_cleanup_errors=True) as name:
+            place = Path(name).resolve()
             self._write(weights, place)
-            with self._told(), httpx.Client(**self._client()) as client:
-                _fine(client.post("/collective_rpc", json={"method": "take_policy", "args": [str(place.resolve())]}))
-                # else prompts seen before would be read with the old weights
-                _fine(client.post("/reset_prefix_cache"))
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+            self.queue.submit(self._take, str(place)).result()
+
+    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> Pending:
+        asked = [_body(request, max_new_tokens, ends) for request in requests]
+        choices = self.queue.submit(lambda: asyncio.run(self._decode(asked)))
+        return lambda: [_completion(choice) for choice in choices.result()]
+
+    def _take(self, place: str) -> None:
+        with self._told(), httpx.Client(**self._client()) as client:
+            _fine(client.post("/collective_rpc", json={"method": "take_policy", "args": [place]}))
+            # else prompts seen before would be read with the old weights
+            _fine(client.post("/reset_prefix_cache"))
 
     def _write(self, weights: Iterable[tuple[str, Tensor]], place: Path) -> None:
         try:
@@ -75,11 +75,11 @@ class Server:
         except (OSError, SafetensorError) as error:
             raise UserError(f"rollout.push_folder={self.folder}: weights could not be written ({error})") from error
 
-    async def _decode(self, bodies: Sequence[dict[str, Any]]) -> list[Completion]:
+    async def _decode(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         with self._told():
             async with httpx.AsyncClient(**self._client(), limits=MOST) as client:
                 replies = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
-            return [_completion(_fine(reply).json()["choices"][0]) for reply in replies]
+            return [_fine(reply).json()["choices"][0] for reply in replies]
 
     def _client(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -19,6 +23,8 @@ from rlhf.assemble.policy import objective
 from rlhf.errors import ExitCode, UserError
 from rlhf.objectives.reinforce import Reinforce
 from rlhf.recipe import load_recipe, sections
+from rlhf.sampling.completions import Completion
+from rlhf.sampling.engine import Request
 from tests.end_to_end.runs import LORA, RECIPE, SCRATCH, Run, assert_sound, train
 from tests.sampling.engines import TOKEN, Copy, served
 
@@ -58,10 +64,10 @@ def test_every_setting_reaches_the_objective(recipe: str) -> None:
         "rollout.temperature": ("temperature", 0.7),
         **{f"reinforce.baseline={name}": ("baseline", name) for name in BASELINES},
     }
-    for key, (field, value) in settings.items():
+    for key, (name, value) in settings.items():
         override = key if "=" in key else f"{key}={value}"
         found = objective(load_recipe(recipe, [override]))
-        assert found == replace(Reinforce(beta=0.1), **{field: value}), override
+        assert found == replace(Reinforce(beta=0.1), **{name: value}), override
 
 
 @pytest.mark.parametrize("baseline", ["none", "leave_one_out", "shrinkage"])
@@ -233,6 +239,7 @@ def test_a_server_decodes_a_step_ahead(recipe: str, sft: Path, objective: str, m
         assert shares[0] == pytest.approx(1.0, abs=1e-5) and shares[1] < 0.999
 
 
+<<<<<<< HEAD
 def test_each_run_pushes_through_a_folder_of_its_own(
     recipe: str, sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,3 +256,32 @@ def test_each_run_pushes_through_a_folder_of_its_own(
         "tiny-reinforce-3",
         "tiny-reinforce-4",
     ]
+=======
+@dataclass
+class Stuck(Copy):
+    """Never gives an answer beyond the first ``rows``, until it is let go."""
+
+    rows: int = 0
+    reached: int = 0
+    let_go: threading.Event = field(default_factory=threading.Event)
+
+    def decode(self, request: Request, max_new_tokens: int) -> Completion:
+        self.reached += 1
+        if self.reached > self.rows:
+            self.let_go.wait()
+        return super().decode(request, max_new_tokens)
+
+
+@pytest.mark.slow  # a process that imports everything
+def test_a_stop_does_not_wait_for_the_server_that_decodes_ahead(recipe: str, sft: Path) -> None:
+    """4 rows to look at and 8 of step 1, 4 to look at of step 2; its own 8 never come."""
+    engine = Stuck(lm=AutoModelForCausalLM.from_pretrained(sft).eval(), rows=16)
+    with served(engine) as url:
+        where = ("rollout.engine=vllm", f"rollout.url={url}", "rollout.token_env=POLICY_TOKEN", "rollout.ahead=true")
+        command = [sys.executable, "-m", "rlhf", "train", recipe, *where, "run.max_seconds=1.0e-9"]
+        try:
+            done = subprocess.run(command, env={**os.environ, "POLICY_TOKEN": TOKEN}, timeout=120)
+        finally:
+            engine.let_go.set()
+    assert done.returncode == ExitCode.PREEMPTED and engine.reached > 16
+>>>>>>> 899fdfb (A stopped run leaves at once: calls to servers run in threads that do not hold up the end; rollout.url is checked like other servers' addresses)

@@ -41,6 +41,11 @@ def served(url: str, *more: str) -> str:
     return recipe(reward=f"reward: {{models: [{{{entry}}}]}}")
 
 
+def decoder(url: str) -> str:
+    """With completions by a server."""
+    return recipe(rollout=f'rollout: {{engine: vllm, url: "{url}"}}')
+
+
 TOKEN = "hf_" + "aB3" * 10
 BOMB = "a: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 8)
@@ -263,6 +268,12 @@ MEANING: dict[str, Broken] = {
         "NOT_SET_ANYWHERE is not set",
         line=6,
     ),
+    "a password in the address of the decoder": b(decoder("http://u:p@h"), "put it into an environment", line=6),
+    "a decoder's port in words": b(decoder("http://h:abc"), "'http://h:abc' is no address", line=6),
+    "a decoder without a protocol": b(decoder("127.0.0.1:8000"), "is no address of a server", line=6),
+    "a decoder's control character": b(decoder("http://h\\x01"), "is no address of a server", line=6),
+    "a decoder at no IP address": b(decoder("http://256.1.1.1:8000"), "form of an IP address and is none", line=6),
+    "two decoders": b(decoder("http://h:1,http://h:2"), "weights are pushed to one", line=6),
     "a step ahead of itself": b(recipe(rollout="rollout: {ahead: true}"), "nothing decodes beside the trainer", line=6),
     "a trust region around another policy": b(
         recipe(
