@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
-from rlhf.rollout import Prompt, Rollout, TokenBatch
+from rlhf.rollout import Group, Prompt, Rollout, TokenBatch
 
 Need = Literal[
     "scores", "reference", "reference_distribution", "old_logprobs", "score_norms", "greedy", "values", "pairs"
@@ -113,8 +113,12 @@ class TrainState:
         return cls(**{key: value for key, value in data.items() if key in known})
 
 
+Ended = Callable[[Group, int], None]  # told of a prompt's completions, and their step, once the last of them has ended
+
+
 class Sampler(Protocol):
-    """Draws completions from the policy."""
+    """Draws completions from the policy. One that can tell of a prompt before all others are done has a field
+    ``ended: Ended | None``, and tells of every prompt of ``sample`` once."""
 
     def sample(self, model: nn.Module, prompts: Sequence[Prompt], slots: Sequence[int], step: int) -> Rollout:
         """k completions of each prompt, y ~ π_T(·|x). ``slots``: each prompt's position in the global step."""
@@ -134,12 +138,24 @@ class Reward(Protocol):
         """[B] float, NaN where the row cannot be scored; never 0 in place of a failure."""
 
 
+class Asked(Protocol):
+    """Scores on their way."""
+
+    @property
+    def spans(self) -> Sequence[tuple[float, float]]:
+        """When somebody was at work on them, in seconds of ``time.monotonic``; all of it once the scores are there."""
+
+
 @runtime_checkable
 class Remote(Reward, Protocol):
     """A source that scores elsewhere, while this process does something else."""
 
-    def begin(self, rollout: Rollout, step: int) -> Callable[[], Tensor]:
-        """Asks for the scores; the call of what it returns waits for them."""
+    def ask(self, group: Group, step: int) -> Any:
+        """Asks for the scores of one prompt's completions (an ``Asked``). From any thread; neither waits nor fails."""
+
+    def begin(self, rollout: Rollout, step: int, asked: Sequence[Any] | None = None) -> Callable[[], Tensor]:
+        """Asks for the scores, or takes what was asked for each of the rollout's prompts, in their order; the call of
+        what it returns waits for them."""
 
 
 class Objective(Protocol):

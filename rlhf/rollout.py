@@ -6,9 +6,10 @@ completions right-padded, so prompt and completion meet at one column. Masks hav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ class Prompt:
     def messages(self) -> list[dict[str, str]]:
         """The conversation as the list of ``{"role", "content"}`` that chat templates and reward functions take."""
         return [{"role": turn.role, "content": turn.content} for turn in self.turns]
+
+
+class Group(NamedTuple):
+    """A prompt's completions as text, of a rollout that need not be whole yet. slot: the prompt's place in the step."""
+
+    slot: int
+    prompt: Prompt
+    texts: tuple[str, ...]
+    finished: tuple[bool, ...]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], *, side: str, pad_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -191,6 +201,14 @@ class Rollout(TokenBatch):
     baseline: Tensor | None = None
     advantages: Tensor | None = None
     advantage_scale: Tensor | None = None
+
+    def groups(self) -> Iterator[Group]:
+        """The completions prompt by prompt, in the order of the rows."""
+        finished = self.finished.tolist()
+        for slot, rows in itertools.groupby(range(len(self)), key=self.group.tolist().__getitem__):
+            own = list(rows)
+            texts, ended = tuple(self.texts[row] for row in own), tuple(finished[row] for row in own)
+            yield Group(slot, self.prompts[own[0]], texts, ended)
 
 
 def _take(value: Any, index: Tensor, rows: int) -> Any:

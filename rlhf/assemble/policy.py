@@ -14,7 +14,7 @@ import torch
 from rlhf.assemble import data, models, rewards
 from rlhf.assemble.job import Job
 from rlhf.errors import UserError
-from rlhf.interfaces import PolicyObjective, Sampler
+from rlhf.interfaces import Ended, PolicyObjective, Sampler
 from rlhf.locate import named_code
 from rlhf.models.chat import Dialogue, stop_ids
 from rlhf.models.layout import Layout
@@ -65,6 +65,7 @@ def sampler(
     k: int,
     temperature: float,
     engine: Engine | None = None,
+    ended: Ended | None = None,
 ) -> Sampler:
     """k completions a prompt, decoded by the policy itself or by ``engine``, which several samplers may share."""
     inner: Any = distributed.unwrap(wrapped).causal_lm
@@ -79,6 +80,7 @@ def sampler(
         "seed": recipe.run.seed,
         "compute_dtype": models.compute_dtype(recipe),
         "gather": lambda _: runtime.decoding(wrapped),
+        "ended": ended,
     }
     if engine is not None:
         return EngineSampler(engine=engine, **same)
@@ -197,7 +199,8 @@ def build(recipe: Recipe, session: Session) -> Job:
         rank=runtime.rank,
         ranks=runtime.world_size,
     )
-    draw = sampler(recipe, runtime, tokenizer, wrapped, k, temperature, decoder)
+    early = scores.ended if scores.remote else None  # servers score what has ended while the rest is decoded
+    draw = sampler(recipe, runtime, tokenizer, wrapped, k, temperature, decoder, early)
     if settings.ahead:
         draw = AheadSampler(sampler=cast(EngineSampler, draw), prompts_of=stream.at, steps=steps)
     run = program.PolicyRun(

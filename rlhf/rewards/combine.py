@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.interfaces import Alone, Collective, Remote, Reward
+from rlhf.rewards.early import Early
 from rlhf.rewards.functions import FunctionReward
-from rlhf.rollout import Rollout
+from rlhf.rollout import Group, Rollout
 
 Combine = Literal["mean", "min", "uwo"]
 UWO_COEFFICIENT = 0.5
@@ -38,6 +39,7 @@ class RewardSet:
     clip: float | None = None
     overlong: tuple[int, float] | None = None
     missing_eos_score: float | None = None
+    early: Early = field(init=False, repr=False, compare=False, default_factory=Early)
 
     def __post_init__(self) -> None:
         weights = [weight for _, weight in self.models]
@@ -62,13 +64,22 @@ class RewardSet:
         """Asks sources that answer from elsewhere (those with ``begin``), and has all others score. The call of what it
         returns waits for the answers, and puts everything into the rollout as it is then."""
         sources = list(self._sources())
-        asked = {name: source.begin(rollout, step) for name, source in sources if isinstance(source, Remote)}
+        asked = self.early.begin(self.remote, rollout, step)
         here = {name: source.score(rollout, step) for name, source in sources if name not in asked}
 
         def finish(now: Rollout) -> Rollout:
             return self._scored(now, {name: asked[name]() if name in asked else here[name] for name, _ in sources})
 
         return finish
+
+    @property
+    def remote(self) -> dict[str, Remote]:
+        """The sources that answer from elsewhere."""
+        return {name: source for name, source in self._sources() if isinstance(source, Remote)}
+
+    def ended(self, group: Group, step: int) -> None:
+        """Has them score a prompt's completions before the rollout of this step is whole (``interfaces.Ended``)."""
+        self.early.ask(self.remote, group, step)
 
     def _scored(self, rollout: Rollout, scores: Mapping[str, Tensor]) -> Rollout:
         scored = replace(rollout, scores=scores)
@@ -86,7 +97,7 @@ class RewardSet:
 
         Keys: ``reward/{unscorable,missing_eos,clipped}_rows``; ``reward/overlong_rows`` and
         ``reward/<source>/unscorable_rows`` where there are any; ``reward/disagreement`` of several models;
-        ``reward/<function>/<metric>``.
+        ``reward/<function>/<metric>``; ``time/score_hidden_seconds``.
         """
         counts = {"reward/unscorable_rows": ~rollout.valid}
         replaced = ~rollout.finished if self.missing_eos_score is not None else torch.zeros_like(rollout.finished)
@@ -99,7 +110,7 @@ class RewardSet:
         totals = (collective or Alone()).sum(torch.stack([rows.sum() for rows in counts.values()])).tolist()
         found = zip(counts, totals, strict=True)
         metrics = {name: float(total) for index, (name, total) in enumerate(found) if total or index < always}
-        return metrics | self._disagreement(rollout, collective or Alone()) | self._logged()
+        return metrics | self._disagreement(rollout, collective or Alone()) | self._logged() | self.early.metrics()
 
     def extras(self) -> Mapping[str, list[Any]]:
         """Columns that functions gave to ``log_extra`` in their last call: one value per row of this rank's rollout."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from rlhf.errors import ExitCode, UserError
 from rlhf.rewards.contract import CONTRACT_PATH, IDENTITY_HEADER, SCORE_PATH, Contract
 from rlhf.rewards.replicas import Away, Replicas, Reply
-from rlhf.rollout import Prompt, Rollout
+from rlhf.rollout import Group, Prompt, Rollout
 from rlhf.runtime.background import Background
 
 ROWS, BYTES = 64, 2**20  # of one request: enough for a forward, and little to send again
@@ -35,6 +36,20 @@ def _alone(value: Any) -> list[Any]:
     return [value]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Requests under way. stop: set = none of them is tried again. spans: when each was, with all its tries."""
+
+    requests: list[Future[list[float]]]
+    stop: threading.Event
+    spans: list[tuple[float, float]]
+
+    def give_up(self) -> None:
+        self.stop.set()
+        for request in self.requests:
+            request.cancel()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerReward:
     """One reward model on one or several servers.
@@ -45,6 +60,10 @@ class ServerReward:
     contract: Contract
     replicas: Replicas
     gather: Callable[[Any], list[Any]] = _alone
+    pool: Background = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pool", Background(IN_FLIGHT * len(self.replicas.urls), "reward-server"))
 
     @property
     def name(self) -> str:
@@ -58,16 +77,19 @@ class ServerReward:
         """
         return self.begin(rollout, step)()
 
-    def begin(self, rollout: Rollout, step: int = 0) -> Callable[[], Tensor]:
-        """The same, asked in a thread of its own: every rank has to call what it returns."""
-        asked = Background(1, "reward-rollout").submit(
-            self.score_texts, rollout.prompts, rollout.texts, rollout.finished.tolist()
-        )
+    def ask(self, group: Group, step: int = 0) -> Asked:
+        """Asks for one prompt's completions, in requests of their own; neither waits nor fails."""
+        return self._ask([group.prompt] * len(group.texts), group.texts, group.finished, group.slot)
+
+    def begin(self, rollout: Rollout, step: int = 0, asked: Sequence[Asked] | None = None) -> Callable[[], Tensor]:
+        """The scores to come: every rank has to call what it returns. asked: by ``ask``, prompt by prompt; None = the
+        whole rollout is asked for now."""
+        answers = asked or [self._ask(rollout.prompts, rollout.texts, rollout.finished.tolist())]
 
         def finish() -> Tensor:
             scores, failure = [], None
             try:
-                scores = asked.result()
+                scores = _scores(answers)
             except UserError as error:
                 failure = error
             first = next((error for error in self.gather(failure) if error is not None), None)
@@ -80,21 +102,21 @@ class ServerReward:
 
     def score_texts(self, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
         """[B] scores in the order of the texts, NaN for none; requests run beside each other. Raises UserError."""
-        parts = list(_parts(prompts, texts, finished, self.contract))
-        stop = threading.Event()
-        pool = Background(IN_FLIGHT * len(self.replicas.urls), "reward-server")
-        asked = [pool.submit(self._part, number, *part, stop) for number, part in enumerate(parts)]
+        return _scores([self._ask(prompts, texts, finished)])
+
+    def _ask(self, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool], first: int = 0) -> Asked:
+        """first: the server whose turn it is, which must not depend on what else is asked meanwhile."""
+        asked = Asked([], threading.Event(), [])
+        for number, part in enumerate(_parts(prompts, texts, finished, self.contract), first):
+            asked.requests.append(self.pool.submit(self._timed, asked, number, *part))
+        return asked
+
+    def _timed(self, asked: Asked, number: int, body: bytes, rows: int) -> list[float]:
+        began = time.monotonic()
         try:
-            wait(asked, return_when=FIRST_EXCEPTION)
-            for future in asked:
-                if future.done() and (error := future.exception()) is not None:
-                    raise error
-            return [score for future in asked for score in future.result()]
-        except BaseException:
-            stop.set()  # the others need not try on
-            for future in asked:
-                future.cancel()
-            raise
+            return self._part(number, body, rows, asked.stop)
+        finally:
+            asked.spans.append((began, time.monotonic()))
 
     def _part(self, number: int, body: bytes, rows: int, stop: threading.Event) -> list[float]:
         reply = self.replicas.ask(number, SCORE_PATH, body, stop)
@@ -119,6 +141,21 @@ class ServerReward:
             if value is not None and not (number and abs(value) <= LARGEST):
                 self.replicas.broken(reply.url, "answers with a score that is neither a finite number nor null")
         return [math.nan if value is None else float(value) for value in found]
+
+
+def _scores(asked: Sequence[Asked]) -> list[float]:
+    """All scores, in order. The first failure, wherever it is, ends the rest."""
+    requests = [request for each in asked for request in each.requests]
+    try:
+        wait(requests, return_when=FIRST_EXCEPTION)
+        for request in requests:
+            if request.done() and (error := request.exception()) is not None:
+                raise error
+        return [score for request in requests for score in request.result()]
+    except BaseException:
+        for each in asked:
+            each.give_up()
+        raise
 
 
 def connect(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf.interfaces import Ended
 from rlhf.models.chat import completion_text
-from rlhf.rollout import Prompt, Rollout, pad_rows
+from rlhf.rollout import Group, Prompt, Rollout, pad_rows
 
 
 class Completion(NamedTuple):
@@ -21,6 +22,13 @@ class Completion(NamedTuple):
     finished: bool
 
 
+Each = Callable[[int, list[int], bool], None]  # told of a row that has ended: its place, ids, whether it stopped
+
+
+def nobody(row: int, ids: list[int], finished: bool) -> None:
+    """An ``Each`` where nobody wants to know."""
+
+
 @dataclass(frozen=True)
 class Ends:
     """Where completions end: at any of these ids, which belong to them, or with the token that completes a string."""
@@ -29,13 +37,46 @@ class Ends:
     ids: tuple[int, ...] = ()
     strings: tuple[str, ...] = ()
 
-    def text(self, row: Completion) -> str:
+    def text(self, ids: list[int], finished: bool) -> str:
         """What the completion says: without the stop token, and without the stop string and what follows it."""
-        stopped_by_id = row.finished and row.ids[-1] in self.ids
-        text = completion_text(self.tokenizer, row.ids[:-1] if stopped_by_id else row.ids)
-        if not row.finished or stopped_by_id:
+        stopped_by_id = finished and ids[-1] in self.ids
+        text = completion_text(self.tokenizer, ids[:-1] if stopped_by_id else ids)
+        if not finished or stopped_by_id:
             return text
         return text[: min((at for at in map(text.find, self.strings) if at >= 0), default=len(text))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Tells of a prompt's completions as soon as the last of them has ended, of each prompt once.
+
+    count: completions of each prompt. step: of the rollout that they belong to.
+    """
+
+    prompts: Sequence[Prompt]
+    slots: Sequence[int]
+    count: int
+    ends: Ends
+    tell: Ended
+    step: int
+    found: dict[int, tuple[list[int], bool]] = field(default_factory=dict)
+
+    def add(self, row: int, ids: list[int], finished: bool) -> None:
+        """One completion (an ``Each``). row: its place, prompt by prompt. One that is known already is passed over."""
+        if row in self.found:
+            return
+        self.found[row] = ids, finished
+        place = row // self.count
+        rows = range(place * self.count, (place + 1) * self.count)
+        if all(at in self.found for at in rows):
+            own = [self.found[at] for at in rows]
+            texts = tuple(self.ends.text(*completion) for completion in own)
+            self.tell(Group(self.slots[place], self.prompts[place], texts, tuple(end for _, end in own)), self.step)
+
+    def rest(self, completions: Iterable[Completion]) -> None:
+        """All of them, in order."""
+        for row, completion in enumerate(completions):
+            self.add(row, completion.ids, completion.finished)
 
 
 def rollout(
@@ -63,7 +104,7 @@ def rollout(
         group=torch.tensor(slots, dtype=torch.long).repeat_interleave(count),
         valid=torch.ones(len(found), dtype=torch.bool),
         prompts=tuple(prompt for prompt in prompts for _ in range(count)),
-        texts=tuple(ends.text(row) for row in found),
+        texts=tuple(ends.text(row.ids, row.finished) for row in found),
         sample=torch.arange(count).repeat(len(prompts)),
         finished=torch.tensor([row.finished for row in found], dtype=torch.bool),
         rollout_logprobs=logprobs,

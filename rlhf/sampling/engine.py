@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import ExitCode, UserError
-from rlhf.interfaces import StatsRequest
+from rlhf.interfaces import Ended, StatsRequest
 from rlhf.models.chat import render_prompt
 from rlhf.models.layout import plain_rows
 from rlhf.models.load import base_model, configuration, merged_weights
 from rlhf.models.policy import ScoredModel, token_stats
 from rlhf.rollout import Prompt, Rollout
 from rlhf.sampling import completions
-from rlhf.sampling.completions import Completion, Ends
+from rlhf.sampling.completions import Completion, Each, Ends, Groups, nobody
 from rlhf.sampling.noise import row_keys
 
 PROBES = 4  # completions of each rollout whose log-probabilities are compared
@@ -48,8 +48,11 @@ class Engine(Protocol):
         """Replaces all weights, under the names of transformers, and forgets what it computed with the old ones. What
         was begun is finished first."""
 
-    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> Pending:
-        """Starts one completion of each, or decodes them; the call of what it returns has them, in their order."""
+    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends, each: Each = nobody) -> Pending:
+        """Starts one completion of each, or decodes them; the call of what it returns has them, in their order.
+
+        each: told of rows as they end, from any thread; an engine may tell of some or none of them.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class EngineSampler:
 
     Each rollout is checked: of some completions the policy's own log-probabilities are computed, and a mean gap above
     ``LARGEST_GAP`` raises UserError. Before the first one, other weights are pushed and then the right ones, so that an
-    engine that takes the first push alone is found out too.
+    engine that takes the first push alone is found out too. ended: told of each prompt of a sampled rollout.
     """
 
     engine: Engine
@@ -71,6 +74,7 @@ class EngineSampler:
     seed: int = 0
     compute_dtype: torch.dtype = torch.float32
     gather: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+    ended: Ended | None = None
     proven: list[bool] = field(default_factory=list)
 
     def sample(self, model: nn.Module, prompts: Sequence[Prompt], slots: Sequence[int], step: int) -> Rollout:
@@ -80,7 +84,7 @@ class EngineSampler:
         temperature.
         """
         self._push(model)
-        found = self._begin(model, prompts, slots, self._sampled(prompts, slots, step), self.max_new_tokens)()
+        found = self._whole(model, prompts, slots, step)()
         self._check(model, found)
         return found
 
@@ -95,13 +99,23 @@ class EngineSampler:
         few = slice(0, PROBES)
         rows = self._sampled(prompts[few], slots[few], step, count=1)
         self._check(model, self._begin(model, prompts[few], slots[few], rows, min(PROBE_TOKENS, self.max_new_tokens))())
-        return self._begin(model, prompts, slots, self._sampled(prompts, slots, step), self.max_new_tokens)
+        return self._whole(model, prompts, slots, step)
 
     def greedy(self, model: nn.Module, prompts: Sequence[Prompt], slots: Sequence[int], step: int) -> Rollout:
         """The arg-max completion of each prompt. Its ``rollout_logprobs`` are at temperature 1."""
         self._push(model)
         rows = [Request(ids, 0.0) for ids in self._ids(prompts)]
         return self._begin(model, prompts, slots, rows, self.max_new_tokens)()
+
+    def _whole(
+        self, model: nn.Module, prompts: Sequence[Prompt], slots: Sequence[int], step: int
+    ) -> Callable[[], Rollout]:
+        """Starts the whole rollout, of which ``ended`` is told prompt by prompt."""
+        rows, count, ends = self._sampled(prompts, slots, step), self.samples_per_prompt, self._ends()
+        if self.ended is None:
+            return self._begin(model, prompts, slots, rows, self.max_new_tokens)
+        groups = Groups(prompts=prompts, slots=slots, count=count, ends=ends, tell=self.ended, step=step)
+        return self._begin(model, prompts, slots, rows, self.max_new_tokens, groups)
 
     def _begin(
         self,
@@ -110,15 +124,22 @@ class EngineSampler:
         slots: Sequence[int],
         requests: Sequence[Request],
         max_new_tokens: int,
+        groups: Groups | None = None,
     ) -> Callable[[], Rollout]:
         """Starts what becomes a Rollout once it is asked for."""
-        ends, device = Ends(self.tokenizer, self.stop_ids, self.stop), next(model.parameters()).device
-        pending = self.engine.begin(requests, max_new_tokens, ends)
+        ends, device = self._ends(), next(model.parameters()).device
+        pending = self.engine.begin(requests, max_new_tokens, ends, nobody if groups is None else groups.add)
 
         def finish() -> Rollout:
-            return completions.rollout(prompts, self._ids(prompts), slots, pending(), ends).to(device)
+            found = pending()
+            if groups is not None:
+                groups.rest(found)
+            return completions.rollout(prompts, self._ids(prompts), slots, found, ends).to(device)
 
         return finish
+
+    def _ends(self) -> Ends:
+        return Ends(self.tokenizer, self.stop_ids, self.stop)
 
     def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         return [render_prompt(self.tokenizer, prompt) for prompt in prompts]
@@ -178,7 +199,8 @@ class Ranks(Protocol):
 class Shared:
     """One engine for all processes: the first pushes and asks for everybody's rows, each gets its own.
 
-    What the engine refuses (UserError) ends all of them, with the same words.
+    The first is told of its rows as they end, the others once all have. What the engine refuses (UserError) ends all of
+    them, with the same words.
     """
 
     engine: Engine
@@ -187,11 +209,15 @@ class Shared:
     def push(self, config: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
         self._of_first(lambda: self.engine.push(config, weights))
 
-    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> Pending:
+    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends, each: Each = nobody) -> Pending:
+        def own(row: int, ids: list[int], finished: bool) -> None:
+            if row < len(requests):  # those of the first process come first
+                each(row, ids, finished)
+
         asked = self.ranks.gather_objects([tuple(request) for request in requests])
         rows = [Request(*row) for part in asked for row in part]
         before = sum(len(part) for part in asked[: self.ranks.rank])
-        pending = self._of_first(lambda: self.engine.begin(rows, max_new_tokens, ends), share=False)
+        pending = self._of_first(lambda: self.engine.begin(rows, max_new_tokens, ends, own), share=False)
 
         def finish() -> list[Completion]:
             found: list[Completion] = self._of_first(pending)

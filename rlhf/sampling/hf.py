@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from rlhf.interfaces import Ended
 from rlhf.models import masks
 from rlhf.models.chat import render_prompt
 from rlhf.rollout import Prompt, Rollout, pad_rows
 from rlhf.sampling import completions, loop
-from rlhf.sampling.completions import Completion, Ends
+from rlhf.sampling.completions import Completion, Each, Ends, Groups
 from rlhf.sampling.noise import Workspace, position_keys, row_keys, sample_tokens
 
 _RESHAPING = (
@@ -46,6 +47,7 @@ class HFSampler:
     compute_dtype: autocast type of the decode; float32 and float64 run as the weights are.
     gather: entered around decoding; inside it the model must run without collectives (ranks stop at different
     lengths), so under ZeRO-3 it gathers the weights and takes the partitioning hooks off.
+    ended: told of each prompt of a sampled rollout.
     """
 
     tokenizer: Any
@@ -60,6 +62,7 @@ class HFSampler:
     kv_bytes: int = 4 * 2**30
     compute_dtype: torch.dtype = torch.float32
     gather: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+    ended: Ended | None = None
 
     def sample(self, model: nn.Module, prompts: Sequence[Prompt], slots: Sequence[int], step: int) -> Rollout:
         """k completions of each prompt, y ~ π_T(·|x): rows prompt by prompt, samples 0 … k-1 within each.
@@ -83,18 +86,25 @@ class HFSampler:
         group = torch.tensor(slots, dtype=torch.long).repeat_interleave(count)
         sample = torch.arange(count).repeat(len(prompts))
         keys = None if step is None else row_keys(self.seed, step, group, sample).to(device)
+        ends, each = Ends(self.tokenizer, self.stop_ids, self.stop), None
+        if step is not None and self.ended is not None:
+            each = Groups(prompts=prompts, slots=slots, count=count, ends=ends, tell=self.ended, step=step).add
         _warn_about(lm.generation_config)
         with torch.no_grad(), self.gather(model), _decoding(lm, self._config()), self._autocast(device):
-            found = self._decode(lm, prompt_ids, keys, device)
-        ends = Ends(self.tokenizer, self.stop_ids, self.stop)
+            found = self._decode(lm, prompt_ids, keys, device, each)
         return completions.rollout(prompts, distinct, slots, found, ends).to(device)
 
     def _decode(
-        self, lm: Any, prompt_ids: Sequence[Sequence[int]], keys: Tensor | None, device: torch.device
+        self,
+        lm: Any,
+        prompt_ids: Sequence[Sequence[int]],
+        keys: Tensor | None,
+        device: torch.device,
+        each: Each | None,
     ) -> list[Completion]:
         """Completions in the order of ``prompt_ids``. Stop strings are ``generate``'s to find."""
         if self.plain or self.stop or not prompt_ids or not masks.known(lm):
-            return self._generate(lm, prompt_ids, keys, device)
+            return self._generate(lm, prompt_ids, keys, device, each)
         distinct = list(dict.fromkeys(map(tuple, prompt_ids)))
         place = {prompt: index for index, prompt in enumerate(distinct)}
         found = loop.DecodeLoop(
@@ -103,12 +113,18 @@ class HFSampler:
             torch.tensor(self.stop_ids, dtype=torch.long, device=device),
             _RowChoice(keys, self.temperature),
             self.kv_bytes,
+            each=each,
         ).run(distinct, [place[tuple(prompt)] for prompt in prompt_ids])
         columns = (found.ids.tolist(), found.logprobs.cpu(), found.lengths.tolist(), found.finished.tolist())
         return [Completion(ids[:n], values[:n], done) for ids, values, n, done in zip(*columns, strict=True)]
 
     def _generate(
-        self, lm: Any, prompt_ids: Sequence[Sequence[int]], keys: Tensor | None, device: torch.device
+        self,
+        lm: Any,
+        prompt_ids: Sequence[Sequence[int]],
+        keys: Tensor | None,
+        device: torch.device,
+        each: Each | None,
     ) -> list[Completion]:
         """Completions in the order of ``prompt_ids``, decoded in microbatches of similar prompt length."""
         order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
@@ -128,6 +144,9 @@ class HFSampler:
                 synced_gpus=False,
             )
             found.update(zip(rows, _completions(sequences[:, ids.shape[1] :], choice, stops), strict=True))
+            if each is not None:
+                for row in rows:
+                    each(row, found[row].ids, found[row].finished)
         return [found[row] for row in range(len(prompt_ids))]
 
     def _config(self) -> GenerationConfig:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlhf.models import masks
 from rlhf.rollout import pad_rows
+from rlhf.sampling.completions import Each
 from rlhf.sampling.slots import Captured, Slots
 
 # (logits [n, V], rows [n], positions [n]) → tokens [n], log-probabilities [n]
@@ -37,7 +38,7 @@ class Decoded:
 @dataclass(frozen=True)
 class DecodeLoop:
     """lm: a transformers causal LM whose masks are ``known``. kv_bytes: most memory for keys and values; rows beyond it
-    wait. prefill_tokens: prompt tokens of one forward, padding included."""
+    wait. prefill_tokens: prompt tokens of one forward, padding included. each: told of rows as they end."""
 
     lm: Any
     max_new_tokens: int
@@ -45,10 +46,11 @@ class DecodeLoop:
     choose: Choose
     kv_bytes: int = 4 * 2**30
     prefill_tokens: int = 16384
+    each: Each | None = None
 
     def run(self, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int]) -> Decoded:
         """One completion of ``prompts[prompt_of[i]]`` for each i, in that order."""
-        state = _State.new(len(prompt_of), self.max_new_tokens, self.stop_ids)
+        state = _State.new(len(prompt_of), self.max_new_tokens, self.stop_ids, self.each)
         width = max(map(len, prompts)) + self.max_new_tokens
         slots = Slots(self._size(len(prompt_of), width), width, self.stop_ids.device)
         waiting = sorted(range(len(prompt_of)), key=lambda row: (len(prompts[prompt_of[row]]), prompt_of[row], row))
@@ -163,9 +165,10 @@ class _State:
     lengths: Tensor
     finished: Tensor
     stop_ids: Tensor
+    each: Each | None
 
     @classmethod
-    def new(cls, rows: int, longest: int, stop_ids: Tensor) -> _State:
+    def new(cls, rows: int, longest: int, stop_ids: Tensor, each: Each | None) -> _State:
         device = stop_ids.device
         ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
         return cls(
@@ -174,6 +177,7 @@ class _State:
             torch.zeros(rows, dtype=torch.long, device=device),
             torch.zeros(rows, dtype=torch.bool, device=device),
             stop_ids,
+            each,
         )
 
     def draw(self, choose: Choose, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,4 +189,12 @@ class _State:
         self.lengths[rows] = positions + 1
         hit = torch.isin(tokens, self.stop_ids)
         self.finished[rows] = hit
-        return tokens, hit | (positions + 1 >= self.ids.shape[1])
+        last = hit | (positions + 1 >= self.ids.shape[1])
+        if self.each is not None:
+            self._tell(self.each, rows[last])
+        return tokens, last
+
+    def _tell(self, each: Each, rows: Tensor) -> None:
+        columns = (self.lengths[rows].tolist(), self.finished[rows].tolist(), self.ids[rows].tolist())
+        for row, length, finished, ids in zip(rows.tolist(), *columns, strict=True):
+            each(row, ids[:length], finished)

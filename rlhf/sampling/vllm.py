@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.sampling.completions import Completion, Ends
+from rlhf.sampling.completions import Completion, Each, Ends, nobody
 from rlhf.sampling.engine import Pending, Request
 from rlhf.sampling.vllm_worker import repack_heads
 
@@ -79,7 +79,7 @@ class InProcess:
         self._llm.collective_rpc(repack_heads)
         self._llm.reset_prefix_cache()  # else prompts seen before would be read with the old weights
 
-    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> Pending:
+    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends, each: Each = nobody) -> Pending:
         found = self._decode(requests, max_new_tokens, ends) if requests else []
         return lambda: found
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.runtime.background import Background
-from rlhf.sampling.completions import Completion, Ends
+from rlhf.sampling.completions import Completion, Each, Ends, nobody
 from rlhf.sampling.engine import Pending, Request
 
 MODEL = "policy"  # what the server calls it
@@ -58,9 +58,9 @@ class Server:
             self._write(weights, place)
             self.queue.submit(self._take, str(place)).result()
 
-    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> Pending:
+    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends, each: Each = nobody) -> Pending:
         asked = [_body(request, max_new_tokens, ends) for request in requests]
-        choices = self.queue.submit(lambda: asyncio.run(self._decode(asked)))
+        choices = self.queue.submit(lambda: asyncio.run(self._decode(asked, each)))
         return lambda: [_completion(choice) for choice in choices.result()]
 
     def _take(self, place: str) -> None:
@@ -75,11 +75,15 @@ class Server:
         except (OSError, SafetensorError) as error:
             raise UserError(f"rollout.push_folder={self.folder}: weights could not be written ({error})") from error
 
-    async def _decode(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    async def _decode(self, bodies: Sequence[dict[str, Any]], each: Each) -> list[dict[str, Any]]:
+        async def one(row: int, body: dict[str, Any]) -> dict[str, Any]:
+            choice: dict[str, Any] = _fine(await client.post("/v1/completions", json=body)).json()["choices"][0]
+            each(row, list(choice["token_ids"]), _stopped(choice))
+            return choice
+
         with self._told():
             async with httpx.AsyncClient(**self._client(), limits=MOST) as client:
-                replies = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
-            return [_fine(reply).json()["choices"][0] for reply in replies]
+                return await asyncio.gather(*(one(row, body) for row, body in enumerate(bodies)))
 
     def _client(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
@@ -142,4 +146,8 @@ def _body(request: Request, max_new_tokens: int, ends: Ends) -> dict[str, Any]:
 
 def _completion(choice: dict[str, Any]) -> Completion:
     logprobs = torch.tensor(choice["logprobs"]["token_logprobs"], dtype=torch.float32)
-    return Completion(list(choice["token_ids"]), logprobs, choice["finish_reason"] == "stop")
+    return Completion(list(choice["token_ids"]), logprobs, _stopped(choice))
+
+
+def _stopped(choice: dict[str, Any]) -> bool:
+    return bool(choice["finish_reason"] == "stop")

@@ -31,7 +31,7 @@ METRIC_SOURCES = (
         f"rlhf/programs/{name}.py"
         for name in ("measure", "passes", "evaluation", "scoring", "reward_figures", "streams", "policy", "supervised")
     ),
-    *("rlhf/rewards/combine.py", "rlhf/assemble/supervised.py", "rlhf/runtime/step_size.py"),
+    *("rlhf/rewards/combine.py", "rlhf/rewards/early.py", "rlhf/assemble/supervised.py", "rlhf/runtime/step_size.py"),
     *("rlhf/objectives/ppo.py", "rlhf/objectives/reinforce.py"),
 )
 _METRIC = re.compile(

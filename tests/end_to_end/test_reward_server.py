@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 
 import rlhf
 from rlhf.errors import ExitCode, UserError
+from rlhf.programs.reward_queue import Scores, Texts
 from rlhf.recipe import load_recipe
 from rlhf.rewards.model import load_reward_model
 from tests.end_to_end.runs import Run, train
@@ -96,16 +99,39 @@ def test_a_server_killed_in_the_middle_changes_nothing(
         assert file.suffix == ".safetensors" or file.is_dir() or "a-token-of-mine" not in file.read_text()
 
 
-def test_a_server_that_is_gone_costs_no_step(recipe: str, judge: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 75 with the last whole step saved. With the server back the run ends at the weights of one whose reward
-    model is read here."""
+def test_a_server_that_is_gone_costs_no_step(
+    recipe: str, judge: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 75 with the last whole step saved. With the server back the run ends at the weights of one that had it
+    all along; a model that is read here scores alike, up to what the rows of other prompts beside it round off."""
     model = load_reward_model(judge, device="cpu", microbatch_tokens=512)
     settings = (WATCH, STEPS, "checkpoint.every_steps=null")
     local = train(recipe, f"reward.models=[{{path: {judge}}}]", *settings, name="local")
+    with running(model) as server:
+        whole = train(recipe, by_url(server.url), *settings, name="whole")
+    assert whole.metrics[0]["reward/score_mean"] == pytest.approx(local.metrics[0]["reward/score_mean"], abs=1e-5)
+    assert whole.metrics[0]["time/score_hidden_seconds"] >= 0 and "time/score_hidden_seconds" not in local.metrics[0]
     with ExitStack() as life:
         server = life.enter_context(running(model))
-        source = by_url(server.url, give_up_seconds=0.5)
-        AT_EACH_STEP.append(lambda step: life.close() if step == 3 else None)
+        source, requests, submit = (
+            by_url(server.url, give_up_seconds=0.5),
+            Queue[Future[Scores]](),
+            server.scorer.submit,
+        )
+
+        def counted(asked: Texts) -> Future[Scores]:
+            answer = submit(asked)
+            requests.put(answer)
+            return answer
+
+        def strike(step: int) -> None:
+            if step == 3:
+                for _ in range(3 * 4):  # one a prompt: what this step needs is there
+                    requests.get(timeout=60).result()
+                life.close()
+
+        monkeypatch.setattr(server.scorer, "submit", counted)
+        AT_EACH_STEP.append(strike)
         assert rlhf.train(recipe, source, *settings, "run.name=gone") == ExitCode.REWARD_GONE
     gone = Run(Path("runs") / "gone-reinforce")
     assert (gone.record["exit_code"], gone.record["status"]) == (75, "failed")
@@ -115,7 +141,7 @@ def test_a_server_that_is_gone_costs_no_step(recipe: str, judge: str, capsys: py
     AT_EACH_STEP.clear()
     with running(model) as elsewhere:  # another port: what a server holds is what counts
         assert rlhf.train(recipe, by_url(elsewhere.url), *settings, "run.name=gone") == ExitCode.DONE
-    assert same(gone, local)
+    assert same(gone, whole)
 
 
 def test_a_resumed_run_wants_the_model_it_started_with(recipe: str, judge: str, sft: Path) -> None:

@@ -37,9 +37,9 @@ def by_length(body: bytes) -> Answer:
 @pytest.mark.slow  # two processes that import everything
 @pytest.mark.parametrize("config", ["cpu_2ranks", "cpu_zero3"])
 def test_both_ranks_end_with_the_code_of_the_one(config: str, tmp_path: Path) -> None:
-    """Each step asks twice, once a rank: the fifth request is the third step's first."""
+    """Each step asks four times, once a prompt: the ninth request is the third step's first."""
     broken: Answer = (200, {}, b'{"scores": []}')
-    with scripted(made_up(), *[by_length] * 4, broken, by_length) as server:
+    with scripted(made_up(), *[by_length] * 8, broken, by_length) as server:
         start.write(tmp_path, RECIPE.replace("URL", server.url))
         done = subprocess.run(
             [sys.executable, "-m", "rlhf", "train", "recipe.yaml", "--accelerate", config],
@@ -50,8 +50,8 @@ def test_both_ranks_end_with_the_code_of_the_one(config: str, tmp_path: Path) ->
             timeout=300,
         )
     assert done.returncode == 75, done.stderr[-4000:]
-    assert len(server.asked) == 6
+    assert len(server.asked) == 12
     run = tmp_path / "runs" / "two-reinforce"
     record = json.loads((run / "run.json").read_text())
-    assert record["exit_code"] == 75 and "0 scores for 4 completions" in record["exit_reason"]
+    assert record["exit_code"] == 75 and "0 scores for 2 completions" in record["exit_reason"]
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000002"]

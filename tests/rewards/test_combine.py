@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.rewards.combine import RewardSet, combine_models
 from rlhf.rewards.functions import FunctionReward
-from rlhf.rollout import Prompt, Rollout
+from rlhf.rollout import Group, Prompt, Rollout
 
 NAN = math.nan
 
@@ -84,7 +84,10 @@ def test_what_scores_elsewhere_is_asked_first_and_waited_for_last() -> None:
 
     @dataclass(frozen=True)
     class Elsewhere(Fixed):
-        def begin(self, rollout: Rollout, step: int) -> Any:
+        def ask(self, group: Group, step: int) -> Any:
+            raise AssertionError("nothing ended early")
+
+        def begin(self, rollout: Rollout, step: int, asked: Any = None) -> Any:
             log.append("asked")
             return lambda: log.append("answered") or self.score(rollout, step)
 

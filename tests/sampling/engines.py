@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,17 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf.sampling.completions import Completion, Ends
+from rlhf.sampling.completions import Completion, Each, Ends, nobody
 from rlhf.sampling.engine import Pending, Request
 from tests.support import tiny_lm
 
 
 @dataclass
 class Copy:
-    """Decodes with its own copy of the weights, and takes no more pushes than ``deaf_after``. log: what it was asked to
-    do, in order."""
+    """Decodes with its own copy of the weights, and takes no more pushes than ``deaf_after``. tells: of rows as they
+    end. log: what it was asked to do, in order."""
 
     deaf_after: int | None = None
+    tells: bool = False
     pushes: list[dict[str, Tensor]] = field(default_factory=list)
     asked: list[Request] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
@@ -37,10 +38,14 @@ class Copy:
         if self.deaf_after is None or len(self.pushes) <= self.deaf_after:
             self.lm.load_state_dict(self.pushes[-1])
 
-    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends) -> Pending:
+    def begin(self, requests: Sequence[Request], max_new_tokens: int, ends: Ends, each: Each = nobody) -> Pending:
         self.log.append(f"begin {len(requests)}")
         self.asked += requests
-        found = [self.decode(request, max_new_tokens) for request in requests]
+        found = []
+        for row, request in enumerate(requests):
+            found.append(self.decode(request, max_new_tokens))
+            if self.tells:
+                each(row, found[-1].ids, found[-1].finished)
         return lambda: found
 
     @torch.no_grad()
@@ -60,9 +65,10 @@ TOKEN = "sesame"
 
 
 @contextmanager
-def served(engine: Copy) -> Iterator[str]:
-    """The address of a server with those of vLLM's calls that we use. It asks for ``TOKEN`` where vLLM would."""
-    lock = threading.Lock()
+def served(engine: Copy, lock: AbstractContextManager[Any] | None = None) -> Iterator[str]:
+    """The address of a server with those of vLLM's calls that we use. It asks for ``TOKEN`` where vLLM would, and does
+    one thing at a time unless ``lock`` says otherwise."""
+    lock = lock or threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from rlhf.errors import UserError
 from rlhf.models.load import LoraSpec, add_lora
 from rlhf.models.policy import ScoredModel
-from rlhf.rollout import Prompt
+from rlhf.rollout import Group, Prompt
 from rlhf.sampling.ahead import AheadSampler
 from rlhf.sampling.completions import Completion, Ends
 from rlhf.sampling.engine import EngineSampler, Request, Shared
@@ -75,6 +75,19 @@ def test_it_leaves_the_policy_as_it_was() -> None:
     sampler(Copy()).sample(scored.causal_lm, PROMPTS, [0, 1, 2], 1)
     assert scored.head.fused and all(module.training for module in scored.causal_lm.modules())
     assert all(torch.equal(before[name], value) for name, value in scored.state_dict().items())
+
+
+@pytest.mark.parametrize("tells", [False, True])
+def test_it_tells_of_every_prompt_once_whether_the_engine_tells_of_rows_or_not(tells: bool) -> None:
+    told: list[tuple[Group, int]] = []
+    draw = replace(sampler(Copy(tells=tells)), ended=lambda group, step: told.append((group, step)))
+    policy = ScoredModel(tiny_lm(0)).causal_lm
+    found = draw.sample(policy, PROMPTS, [4, 5, 6], 1)
+    assert told == [(group, 1) for group in found.groups()]
+    later = draw.begin(policy, PROMPTS, [4, 5, 6], 2)()  # after a look at a few tokens, of which nobody is told
+    assert told[3:] == [(group, 2) for group in later.groups()]
+    draw.greedy(policy, PROMPTS, [4, 5, 6], 3)
+    assert len(told) == 6
 
 
 # --- one step ahead --------------------------------------------------------------------------------------------------
@@ -161,6 +174,17 @@ def test_every_process_gets_its_own_rows_from_the_one_engine() -> None:
     assert engine.log == ["push", "begin 3"]
     alone = Copy(lm=tiny_lm(0).eval())
     assert [row.ids for row in (*first, *second)] == [alone.decode(row, 3).ids for part in rows for row in part]
+
+
+def test_the_first_process_is_told_of_its_own_rows_alone() -> None:
+    engine, told = Copy(tells=True), {0: list[int](), 1: list[int]()}
+    rows = [[Request([5, 6], 1.0, 1), Request([7], 1.0, 2)], [Request([8], 1.0, 3)]]
+
+    def act(shared: Shared, rank: int) -> list[Completion]:
+        return shared.begin(rows[rank], 3, Ends(TOKENIZER), lambda row, *_: told[rank].append(row))()
+
+    on_two(engine, act)
+    assert told == {0: [0, 1], 1: []}
 
 
 def test_what_the_engine_refuses_ends_every_process() -> None:

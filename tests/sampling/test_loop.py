@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf.models import masks
 from rlhf.models.chat import render_prompt
 from rlhf.models.scratch import STOP_IDS
-from rlhf.rollout import Prompt, Rollout
+from rlhf.rollout import Group, Prompt, Rollout
 from rlhf.sampling.loop import DecodeLoop
 from rlhf.sampling.slots import Captured, Slots
 from tests.sampling.test_hf import PROMPTS, TOKENIZER, completions, sampler, tiny
@@ -64,6 +64,18 @@ def test_both_kernels(attention: str) -> None:
     settings: dict[str, Any] = {"stop_ids": STOPS, "max_new_tokens": 24}
     found = [sampler(plain=plain, **settings).sample(model, MANY, range(12), 1) for plain in (True, False)]
     assert_equal(*found)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_it_tells_of_every_prompt_once_and_of_some_before_others(plain: bool) -> None:
+    told: list[Group] = []
+    settings: dict[str, Any] = {"stop_ids": STOPS, "max_new_tokens": 24, "plain": plain, "microbatch_rows": 5}
+    draw = sampler(ended=lambda group, step: told.append(group), **settings)
+    found = draw.sample(tiny(), MANY, range(7, 19), 1)
+    assert sorted(told) == list(found.groups()) and len(told) == 12
+    assert plain or [group.slot for group in told] != list(range(7, 19))
+    draw.greedy(tiny(), MANY, range(12), 1)
+    assert len(told) == 12
 
 
 def test_a_prompt_is_read_once_for_all_its_completions(monkeypatch: pytest.MonkeyPatch) -> None:

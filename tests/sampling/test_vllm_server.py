@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from rlhf.errors import UserError
 from rlhf.models.policy import ScoredModel
 from rlhf.programs.serve_policy import options
-from rlhf.sampling.completions import Ends
+from rlhf.sampling.completions import Completion, Ends
 from rlhf.sampling.engine import EngineSampler, Request
 from rlhf.sampling.vllm import InProcess, Start
 from rlhf.sampling.vllm_server import Server
@@ -67,6 +69,27 @@ def test_a_push_waits_for_what_is_being_decoded(url: str, engine: Copy, tmp_path
     assert [row.ids for row in pending()] == [
         Copy(lm=tiny_lm(0).eval()).decode(Request([5], 1.0, seed), 4).ids for seed in range(20)
     ]
+
+
+def test_it_tells_of_a_row_while_others_are_decoded(tmp_path: Path) -> None:
+    """The third row waits until somebody was told of the other two."""
+    told, enough = list[tuple[int, int, bool]](), threading.Event()
+
+    class Waits(Copy):
+        def decode(self, request: Request, max_new_tokens: int) -> Completion:
+            assert request.seed != 3 or enough.wait(60)
+            return super().decode(request, max_new_tokens)
+
+    def each(row: int, ids: list[int], finished: bool) -> None:
+        told.append((row, len(ids), finished))
+        if len(told) == 2:
+            enough.set()
+
+    with served(Waits(), lock=contextlib.nullcontext()) as url:
+        requests = [Request([5], 1.0, seed) for seed in (1, 3, 2)]
+        found = client(url, tmp_path).begin(requests, 4, ENDS, each)()
+    assert sorted(told[:2]) == [(0, 4, False), (2, 4, False)] and told[2] == (1, 4, False)
+    assert [row.ids for row in found] == [Copy().decode(request, 4).ids for request in requests]
 
 
 def test_weights_come_whole_in_several_files(
