@@ -29,13 +29,15 @@ $(STAMP):
 quickstart: $(STAMP)
 	$(BIN)/rlhf quickstart
 
-# One thread per worker: the workers share the cores, and sums come out the same whatever the machine.
+# One thread per worker: the workers share the cores, and sums come out the same whatever the machine. All extras are
+# there (but vLLM), so a test that lacks one fails.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 RLHF_TEST_EXTRAS=all \
+	  $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # All of tests/ranks, the slow ones included: two real processes under DDP and ZeRO-1 to 3. Minutes.
 test-distributed: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks tests/ranks $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 RLHF_TEST_EXTRAS=all $(BIN)/python -m pytest -m ranks tests/ranks $(PYTEST_ARGS)
 
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/installed-$(shell cat setup.cfg tests/vllm/install.py | cksum | cut -d ' ' -f 1)

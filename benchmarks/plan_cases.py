@@ -33,6 +33,7 @@ def _size(hidden: int, layers: int, family: str = "gemma", vocab: int = 2048, **
 
 SMALL, MIDDLE = _size(128, 4), _size(256, 6)
 KEYS = {"batch.prompts_per_step": 16, "data.prompt_tokens": 48, "rollout.max_new_tokens": 48}
+QLORA = {"policy.lora": {"r": 16, "alpha": 32.0}, "policy.quantize": "4bit"}
 
 CASES: dict[str, Case] = {
     "reinforce": Case(policy=MIDDLE, reward=SMALL, changes={}),
@@ -42,6 +43,8 @@ CASES: dict[str, Case] = {
     "plain rows": Case(policy=MIDDLE, reward=SMALL, changes={"batch.share_prompts": False}),
     "32k vocabulary": Case(policy=_size(128, 2, vocab=32768), reward=SMALL, changes={"batch.prompts_per_step": 4}),
     "lora": Case(policy=MIDDLE, reward=SMALL, changes={"policy.lora": {"r": 16, "alpha": 32.0}}),
+    "qlora": Case(policy=MIDDLE, reward=SMALL, changes=QLORA),
+    "8-bit reward model": Case(policy=SMALL, reward=_size(512, 8), changes={"reward.models.0.quantize": "8bit"}),
     "ppo": Case(policy=SMALL, reward=MIDDLE, changes={"objective": "ppo"}),
     "exact KL": Case(policy=MIDDLE, reward=SMALL, changes={"kl.estimator": "exact"}),
     "gemma 2": Case(policy=_size(192, 4, "gemma2"), reward=SMALL, changes={}),
@@ -86,9 +89,9 @@ def recipe(case: Case, folder: Path) -> dict[str, Any]:
     }
     for dotted, value in {**KEYS, **case.changes}.items():
         *sections, key = dotted.split(".")
-        here = values
+        here: Any = values
         for section in sections:
-            here = here.setdefault(section, {})
+            here = here[int(section)] if isinstance(here, list) else here.setdefault(section, {})
         here[key] = value
     return values
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import GemmaConfig, GemmaForCausalLM
@@ -21,6 +24,13 @@ from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import PolicyForward, Updater
 
 VOCAB = 300
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """Skips a test where an extra's package is missing. ``make test`` installs them all and says so: there the test
+    runs, and fails."""
+    missing = importlib.util.find_spec(package) is None and os.environ.get("RLHF_TEST_EXTRAS") != "all"
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed")
 
 
 def tiny_config(**changes: Any) -> GemmaConfig:

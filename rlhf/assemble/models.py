@@ -17,6 +17,7 @@ from rlhf.models import load, masks, scratch
 from rlhf.models.critic import Critic, ValueHead
 from rlhf.models.layout import Layout, SharedPrompts, plain_rows
 from rlhf.models.policy import ScoredModel
+from rlhf.models.quantized import Bits, Quantization, weights
 from rlhf.models.reference import FrozenReference, MovingReference, Reference
 from rlhf.objectives.presets import OBJECTIVES
 from rlhf.recipe import Recipe
@@ -25,6 +26,11 @@ from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.placement import Placement, place
 from rlhf.runtime.schedule import learning_rate_schedule
 from rlhf.runtime.updater import Forward, Updater
+
+NO_SHARDS = (
+    "policy.quantize=4bit: ZeRO-3 cuts weights into shares, and quantized ones are read with figures that it does not "
+    "know of; launch DDP or ZeRO-2, or set policy.quantize=null"
+)
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -45,14 +51,26 @@ def tokenizer_of(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def causal_lm(recipe: Recipe, tokenizer: Any) -> nn.Module:
-    """The policy's weights, with an adapter where the recipe asks for one."""
-    policy = recipe.policy
-    if policy.path is not None:
-        model = load.load_causal_lm(policy.path, attention=policy.attention)
+def causal_lm(recipe: Recipe, tokenizer: Any, device: torch.device) -> nn.Module:
+    """The policy's weights, with an adapter where the recipe asks for one. device: where quantized weights lie."""
+    if recipe.policy.path is not None:
+        model = loaded_policy(recipe, device)
     else:
         model = scratch.build_causal_lm(scratch_config(recipe, len(tokenizer)), recipe.run.seed)
     return _adapted(recipe, model, "CAUSAL_LM")
+
+
+def loaded_policy(recipe: Recipe, device: torch.device) -> nn.Module:
+    """What ``policy.path`` holds, without an adapter of this run."""
+    policy = recipe.policy
+    assert policy.path is not None
+    found = quantization(recipe, policy.quantize, device)
+    return load.load_causal_lm(policy.path, attention=policy.attention, quantize=found)
+
+
+def quantization(recipe: Recipe, bits: Bits | None, device: torch.device) -> Quantization | None:
+    """How weights of these bits are loaded; None = as they are."""
+    return None if bits is None else Quantization(bits, compute_dtype(recipe), device)
 
 
 def weightless(recipe: Recipe, tokenizer: Any) -> nn.Module:
@@ -103,7 +121,7 @@ def scored(recipe: Recipe, runtime: Runtime, lm: nn.Module, critic: nn.Module | 
 
 def parameters(model: nn.Module) -> int:
     """How many weights a model has, on all processes together where it is in shares."""
-    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
+    return sum(map(weights, model.parameters()))
 
 
 def adamw(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -150,8 +168,10 @@ def reference(recipe: Recipe, policy: ScoredModel, runtime: Runtime) -> FrozenRe
     settings, dtype = recipe.reference, compute_dtype(recipe)
     how = placement(settings.placement)
     moves = settings.ema > 0 or settings.reset_steps is not None
-    if settings.path is not None:
-        model = load.load_causal_lm(settings.path, attention=recipe.policy.attention, what="reference.path")
+    path = settings.path or (recipe.policy.path if settings.quantize is not None else None)
+    if path is not None:
+        found = quantization(recipe, settings.quantize, runtime.device)
+        model = load.load_causal_lm(path, attention=recipe.policy.attention, what="reference.path", quantize=found)
     elif recipe.policy.lora is not None and not moves:
         return None
     else:
@@ -223,6 +243,12 @@ def trust_region(recipe: Recipe) -> bool:
     """Whether the objective's steps are TRPO's."""
     chosen = OBJECTIVES.get(recipe.objective)
     return chosen is not None and chosen.trust_region
+
+
+def refuse_quantized_shards(recipe: Recipe, runtime: Runtime) -> None:
+    """Before anything is loaded: raises UserError where ZeRO-3 would cut quantized weights into shares."""
+    if recipe.policy.quantize is not None and runtime.sharded:
+        raise UserError(NO_SHARDS)
 
 
 def refuse_unmeasurable_steps(recipe: Recipe, runtime: Runtime) -> None:

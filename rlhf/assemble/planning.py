@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from rlhf.assemble import models
 from rlhf.assemble.shapes import Shapes
+from rlhf.errors import UserError
 from rlhf.objectives.presets import is_dotted
+from rlhf.planning.frozen import Where
 from rlhf.planning.placement import Placement
 from rlhf.planning.setup import Judge, Machine, Rollouts, Setup, Step, known
 from rlhf.planning.shapes import Shape
 from rlhf.recipe import Recipe
 from rlhf.recipe.reading import program_of, reads
+from rlhf.recipe.sections import RewardSource
 from rlhf.runtime.step_size import VECTORS
 
 _ROWS = {"sft": 1, "preference": 2, "reward": 2}  # a prompt's rows where they are given
 
 
 def setup(recipe: Recipe, placement: Placement, machine: Machine, shapes: Shapes) -> Setup:
-    """Everything that a plan needs. Raises UserError where a model's size is not known."""
+    """Everything that a plan needs. Raises UserError where a model's size is not known, and for quantized weights under
+    ZeRO-3."""
+    if recipe.policy.quantize is not None and placement.kind == "zero3":
+        raise UserError(models.NO_SHARDS)
     program, policy = program_of(recipe), shapes.policy(recipe)
     compared = program in ("policy", "preference")
     dtype = recipe.policy.compute_dtype
@@ -37,6 +43,8 @@ def setup(recipe: Recipe, placement: Placement, machine: Machine, shapes: Shapes
         low=dtype == "bfloat16" or (dtype == "auto" and not machine.cpu),
         exact=compared and recipe.kl.estimator == "exact",
         vectors=1 + VECTORS if recipe.objective == "trpo" else 1 if recipe.optim.kl_step_limit else 0,
+        bits=recipe.policy.quantize,
+        reference_bits=recipe.reference.quantize if compared else None,
     )
 
 
@@ -96,16 +104,19 @@ def _judges(recipe: Recipe, shapes: Shapes) -> tuple[Judge, ...]:
     if not reads(recipe, "reward"):
         return ()
     budget = recipe.batch.microbatch_tokens
-    named = [
-        (entry.path, f"reward.models.{at}", entry.microbatch_tokens, models.placement(entry.placement))
+    named: list[tuple[RewardSource, str, Where]] = [
+        (entry, f"reward.models.{at}", models.placement(entry.placement))
         for at, entry in enumerate(recipe.reward.models)
     ]
-    named += [
-        (entry.path, f"eval.models.{at}", entry.microbatch_tokens, "replicate")
-        for at, entry in enumerate(recipe.eval.models)
-    ]
+    named += [(entry, f"eval.models.{at}", "replicate") for at, entry in enumerate(recipe.eval.models)]
     return tuple(
-        Judge(shape=shapes.at(path, f"{key}.path").as_scalar(), tokens=tokens or budget, where=where, key=key)
-        for path, key, tokens, where in named
-        if path is not None
+        Judge(
+            shape=shapes.at(entry.path, f"{key}.path").as_scalar(),
+            tokens=entry.microbatch_tokens or budget,
+            where=where,
+            key=key,
+            bits=entry.quantize,
+        )
+        for entry, key, where in named
+        if entry.path is not None
     )

@@ -170,6 +170,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     """Data first, models after it: nothing is loaded for a run that cannot start."""
     runtime = session.runtime
     models.refuse_unmeasurable_steps(recipe, runtime)
+    models.refuse_quantized_shards(recipe, runtime)
     own = runtime.share(recipe.batch.prompts_per_step, "prompts")
     tokenizer = models.tokenizer_of(recipe)
     train_prompts, held_out = data.train_and_eval(data.prompts, recipe, session.note, tokenizer)
@@ -179,7 +180,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     judges = rewards.with_judges(recipe, runtime, scores, session.note, steps=steps)
     goal = objective(recipe)
     _minibatches_have_prompts(goal, own)
-    lm = models.causal_lm(recipe, tokenizer)
+    lm = models.causal_lm(recipe, tokenizer, runtime.device)
     critic = models.critic(recipe, tokenizer, lm, session.note) if "values" in goal.needs else None
     policy = models.scored(recipe, runtime, lm, critic)
     _say_where_the_judge_is_the_smaller(session, scores, policy)

@@ -32,6 +32,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     """Pairs of ``data.train``; prompts of ``data.eval``, where there is a reward to judge completions with."""
     runtime, size = session.runtime, recipe.batch.prompts_per_step
     models.refuse_unmeasurable_steps(recipe, runtime)
+    models.refuse_quantized_shards(recipe, runtime)
     own = runtime.share(size, "prompts")
     tokenizer = models.tokenizer_of(recipe)
     pairs, report = data.preferences(recipe, recipe.data.train, tokenizer)
@@ -41,7 +42,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     scores = rewards.reward_set(recipe, runtime, session.note, steps=steps)
     judges = rewards.with_judges(recipe, runtime, scores, session.note, steps=steps)
     held_out = _held_out(recipe, session, tokenizer, pairs) if judges.models or judges.functions else []
-    trained = models.scored(recipe, runtime, models.causal_lm(recipe, tokenizer))
+    trained = models.scored(recipe, runtime, models.causal_lm(recipe, tokenizer, runtime.device))
     anchor: Reference | None = models.reference(recipe, trained, runtime)
     wrapped, optimizer = distributed.prepare(runtime, trained, models.adamw(recipe, trained))
     anchor = anchor or AdapterOffReference(wrapped, trained)

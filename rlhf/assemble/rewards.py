@@ -63,6 +63,7 @@ def reward_model(recipe: Recipe, runtime: Runtime, key: str, entry: RewardSource
         microbatch_tokens=entry.microbatch_tokens or recipe.batch.microbatch_tokens,
         placement=models.placement(getattr(entry, "placement", "auto")),
         collective=runtime,
+        quantize=models.quantization(recipe, entry.quantize, runtime.device),
     )
 
 

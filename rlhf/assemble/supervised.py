@@ -32,6 +32,7 @@ def sft(recipe: Recipe, session: Session) -> Job:
     """Supervised fine-tuning: −log π of given completions, a mean over their tokens."""
     runtime, size = session.runtime, recipe.batch.prompts_per_step
     models.refuse_unmeasurable_steps(recipe, runtime)
+    models.refuse_quantized_shards(recipe, runtime)
     own = runtime.share(size, "rows")
     tokenizer = models.tokenizer_of(recipe)
     rows, held_out = (
@@ -39,7 +40,7 @@ def sft(recipe: Recipe, session: Session) -> Job:
         for part in data.train_and_eval(data.demonstrations, recipe, session.note, tokenizer)
     )
     steps = recipe.run.steps or recipe.sft.epochs * math.ceil(len(rows) / size)
-    policy = models.scored(recipe, runtime, models.causal_lm(recipe, tokenizer))
+    policy = models.scored(recipe, runtime, models.causal_lm(recipe, tokenizer, runtime.device))
     wrapped, optimizer = distributed.prepare(runtime, policy, models.adamw(recipe, policy))
     budget = recipe.batch.microbatch_tokens
     layout: Layout = PackedRows() if recipe.sft.packing else plain_rows

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from rlhf.errors import UserError
+from rlhf.models import quantized
+from rlhf.models.quantized import Quantization
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,23 @@ def load_tokenizer(path: str, *, what: str = "policy.path") -> Any:
     return tokenizer
 
 
-def load_causal_lm(path: str, *, attention: str = "auto", what: str = "policy.path") -> nn.Module:
+def load_causal_lm(
+    path: str, *, attention: str = "auto", what: str = "policy.path", quantize: Quantization | None = None
+) -> nn.Module:
     """A causal LM in float32. The type its weights were stored in is kept as ``model.stored_dtype``.
 
     A folder that holds an adapter (``final/`` of a LoRA run) gives its base model with the adapter added to it.
-    Raises UserError where the folder or id cannot be loaded or leaves weights uninitialised.
+    quantize: the matrices of its linear layers in fewer bits, all else in float32.
+    Raises UserError where the folder or id cannot be loaded or leaves weights uninitialised, and for an adapter that
+    would have to be added to quantized weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     base = base_of_adapter(path)
+    if quantize is not None:
+        refuse_adapter(path, what)
+        kwargs |= quantize.loading()
     try:
         config = AutoConfig.from_pretrained(base or path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -69,6 +78,8 @@ def load_causal_lm(path: str, *, attention: str = "auto", what: str = "policy.pa
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"{what}={path}: the checkpoint lacks weights ({missing}); they would be random")
+    if quantize is not None:
+        quantized.settle(model, f"{what}={path}")
     model.stored_dtype = getattr(config, "dtype", None) or torch.float32
     return cast(nn.Module, model)
 
@@ -80,6 +91,15 @@ def base_of_adapter(path: str) -> str | None:
         return None
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return cast(str, settings["base_model_name_or_path"])
+
+
+def refuse_adapter(path: str, what: str) -> None:
+    """Raises UserError for an adapter's folder: adding it to weights in fewer bits would round it away."""
+    if base_of_adapter(path) is not None:
+        raise UserError(
+            f"{what}={path}: is an adapter, and quantized weights take none in; `rlhf merge {path} --output FOLDER` "
+            "writes the whole model"
+        )
 
 
 def _with_adapter(model: nn.Module, folder: str) -> Any:

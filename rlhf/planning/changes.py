@@ -39,7 +39,7 @@ def zero2(setup: Setup) -> Change | None:
 
 def zero3(setup: Setup) -> Change | None:
     """Weights in shards too."""
-    if setup.placement.processes == 1 or setup.placement.kind == "zero3" or setup.vectors:
+    if setup.placement.processes == 1 or setup.placement.kind == "zero3" or setup.vectors or setup.bits:
         return None
     return _placed(setup, "zero3")
 
@@ -50,11 +50,12 @@ def frozen_shares(setup: Setup) -> Change | None:
         return None
     keys, judges = [], list(setup.judges)
     for at, judge in enumerate(judges):
-        if judge.where != "zero3" and judge.key.startswith("reward."):
+        if judge.where != "zero3" and judge.key.startswith("reward.") and judge.bits is None:
             keys.append(f"{judge.key}.placement=zero3")
             judges[at] = replace(judge, where="zero3")
     found = replace(setup, judges=tuple(judges))
-    if setup.reference is not None and not setup.exact and setup.reference_where != "zero3":
+    whole = setup.reference is not None and setup.reference_bits is None
+    if whole and not setup.exact and setup.reference_where != "zero3":
         keys.append("reference.placement=zero3")
         found = replace(found, reference_where="zero3")
     return Change("reference and reward models in shards", tuple(keys), found) if keys else None
@@ -103,6 +104,25 @@ def lora(setup: Setup) -> Change | None:
     return Change("an adapter is trained, and the reference is the policy without it", ("policy.lora.r=16",), found)
 
 
+def qlora(setup: Setup) -> Change | None:
+    """The weights below an adapter in 4 bits."""
+    served = setup.rollouts.engine in ("vllm", "server")
+    if not setup.rank or setup.bits or setup.policy.scalar or setup.placement.kind == "zero3" or served:
+        return None
+    what = "the frozen weights below the adapter in 4 bits"
+    return Change(what, ("policy.quantize=4bit",), replace(setup, bits="4bit"))
+
+
+def quantized_judges(setup: Setup) -> Change | None:
+    """Reward models in 8 bits."""
+    open_ = [judge for judge in setup.judges if judge.bits is None and judge.where == "replicate"]
+    if not open_ or not setup.sampled:
+        return None
+    judges = tuple(replace(judge, bits="8bit") if judge in open_ else judge for judge in setup.judges)
+    keys = tuple(f"{judge.key}.quantize=8bit" for judge in open_)
+    return Change("the reward models in 8 bits", keys, replace(setup, judges=judges))
+
+
 def reward_server(setup: Setup) -> Change | None:
     """Reward models on another machine."""
     if not setup.judges or not setup.sampled:
@@ -114,7 +134,7 @@ def reward_server(setup: Setup) -> Change | None:
 
 def more_gpus(setup: Setup) -> Change | None:
     """Twice, four, eight times as many under ZeRO-3; as far as the step's prompts divide."""
-    if setup.vectors or setup.machine.cpu:
+    if setup.vectors or setup.machine.cpu or setup.bits:
         return None
     for times in (2, 4, 8):
         processes = setup.placement.processes * times
@@ -139,6 +159,8 @@ ORDER: tuple[Step, ...] = (
         smaller_cache,
         offload,
         lora,
+        qlora,
+        quantized_judges,
         reward_server,
         more_gpus,
     ),

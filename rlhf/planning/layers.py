@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf.models.quantized import Bits
 from rlhf.planning.shapes import Shape
 
 Activations = Literal["keep", "recompute", "offload"]
@@ -134,9 +135,11 @@ def activations(shape: Shape, regime: Regime, forward: Forward, how: Activations
     return max(held + masks(shape, forward), mask_building(forward))
 
 
-def copies(shape: Shape, regime: Regime, *, cached: bool) -> float:
+def copies(shape: Shape, regime: Regime, *, cached: bool, bits: Bits | None = None) -> float:
     """Weights in the type of the products, beside float32 ones, bytes. cached: all of them, as autocast keeps those
-    that are trained; else the largest matrix."""
+    that are trained; else the largest matrix. bits: quantized ones are made whole one by one, in float32 first."""
+    if bits is not None:
+        return float((4 + (regime.product if regime.product != 4 else 0)) * shape.largest)
     if not regime.copied:
         return 0.0
     return regime.product * float(shape.trunk + shape.head if cached else shape.largest)

@@ -63,13 +63,15 @@ class Held:
     gradients_stay: bool = False
 
 
-def held(placement: Placement, frozen: int, trained: int, largest: int, *, low: bool) -> Held:
-    """Of ``frozen`` and ``trained`` weights. largest: of the largest trained tensor. low: bfloat16 arithmetic."""
+def held(placement: Placement, frozen: int, trained: int, largest: int, *, low: bool, packed: float = 0.0) -> Held:
+    """Of ``frozen`` and ``trained`` weights. largest: of the largest trained tensor. low: bfloat16 arithmetic. packed:
+    bytes of quantized weights beside the frozen ones; every process has them all."""
     if placement.deepspeed:
-        return _sharded(placement, frozen, trained, 2 if low else 4)
+        found = _sharded(placement, frozen, trained, 2 if low else 4)
+        return replace(found, weights=found.weights + packed)
     buckets = 4.0 * trained if placement.kind == "ddp" else 0.0  # DDP reduces copies of the gradients
     return Held(
-        weights=4.0 * (frozen + trained),
+        weights=4.0 * (frozen + trained) + packed,
         optimizer=8.0 * trained,
         gradients=4.0 * trained,
         buckets=buckets,

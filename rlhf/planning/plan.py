@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rlhf.models.quantized import Bits
 from rlhf.planning import layers
-from rlhf.planning.layers import Forward
+from rlhf.planning.layers import Forward, Regime
 from rlhf.planning.placement import Held, held
 from rlhf.planning.rollouts import Decoding, decoding
 from rlhf.planning.setup import Judge, Setup, forwards, own_prompts, scoring
@@ -15,6 +16,7 @@ from rlhf.planning.shapes import Shape
 # Of a GPU's memory: the CUDA context with its libraries and the buffers of NCCL; and what the allocator cannot use,
 # because free blocks have the wrong sizes. Both are rules of thumb, not measured here.
 CONTEXT, FRAGMENTS = 1.5 * 2**30, 0.05
+_COPIES = "weights as products read them"
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,13 @@ def make_plan(setup: Setup) -> Plan:
 def _state(setup: Setup) -> Held:
     embedding = 0 if setup.rank else setup.policy.vocab * setup.policy.hidden
     largest = max(embedding, 0 if setup.rank else setup.policy.largest)
-    return held(setup.placement, setup.frozen, setup.trained, largest, low=setup.low)
+    return held(setup.placement, setup.frozen, setup.trained, largest, low=setup.low, packed=setup.packed)
 
 
 def _roles(setup: Setup, state: Held) -> list[Role]:
     """Policy and critic are one trained model; the others are whole on every process."""
     name = setup.policy.name + (f" + adapter of rank {setup.rank}" if setup.rank else "")
+    name = f"{setup.bits} {name}" if setup.bits else name
     name += f" + critic {setup.critic.name}" if setup.critic else ""
     parts = {"weights": state.weights, "optimizer": state.optimizer}
     if state.gradients_stay:
@@ -144,7 +147,7 @@ def _rollout_record(setup: Setup) -> float:
 def _generation(setup: Setup, state: Held, base: float, found: Decoding | None) -> list[Phase]:
     if not setup.sampled:
         return []
-    parts = {"weights gathered whole": state.whole, "weights in bf16": _cast(setup, in_loop=True)}
+    parts = {"weights gathered whole": state.whole, _COPIES: _cast(setup, in_loop=True)}
     if found is not None:
         parts |= {"keys and values": found.cache, "prompts read, next tokens": max(found.reading, found.choosing)}
     return [Phase("generation", base, _said(parts))]
@@ -152,6 +155,8 @@ def _generation(setup: Setup, state: Held, base: float, found: Decoding | None) 
 
 def _cast(setup: Setup, *, in_loop: bool) -> float:
     """bfloat16 copies of float32 weights: all trained ones while autocast remembers them, else one matrix at a time."""
+    if setup.bits is not None:
+        return layers.copies(setup.policy, setup.regime, cached=False, bits=setup.bits)
     cached = not setup.rank and (in_loop or setup.step.activations == "keep")
     kept = setup.rank and not in_loop and setup.step.activations == "keep"  # frozen ones that backward needs
     return layers.copies(setup.policy, setup.regime, cached=bool(cached or kept))
@@ -173,7 +178,7 @@ def _judging(setup: Setup, judge: Judge) -> dict[str, float]:
     """Beyond what always lies there: weights that are gathered or moved in, and a forward."""
     forward, _ = scoring(setup, judge)
     regime = setup.judge_regime(judge)
-    cast = layers.copies(judge.shape, regime, cached=False)
+    cast = layers.copies(judge.shape, regime, cached=False, bits=judge.bits)
     found = cast + layers.passing(judge.shape, regime, forward, setup.tile)
     return _said({"weights of the reward model": setup.judge_held(judge).used, "one forward": found})
 
@@ -184,16 +189,16 @@ def _reference(setup: Setup, state: Held, base: float, forward: Forward) -> list
         return []
     if setup.reference is not None and setup.reference_held is not None:
         own = {"weights of the reference": setup.reference_held.used}
-        parts = {**own, **_pass(setup.reference, setup, forward, own=False)}
+        parts = {**own, **_pass(setup.reference, setup.frozen_regime, setup, forward, setup.reference_bits)}
     else:
-        parts = {"weights gathered": state.gathered, **_pass(setup.policy, setup, forward, own=True)}
+        own_pass = _pass(setup.policy, setup.regime, setup, forward, setup.bits)
+        parts = {"weights gathered": state.gathered, **own_pass}
     return [Phase("reference", base, _said(parts))]
 
 
-def _pass(shape: Shape, setup: Setup, forward: Forward, *, own: bool) -> dict[str, float]:
-    regime = setup.regime if own else setup.frozen_regime
-    cast = layers.copies(shape, regime, cached=False)
-    return {"weights in bf16": cast, "one forward": layers.passing(shape, regime, forward, setup.tile)}
+def _pass(shape: Shape, regime: Regime, setup: Setup, forward: Forward, bits: Bits | None) -> dict[str, float]:
+    cast = layers.copies(shape, regime, cached=False, bits=bits)
+    return {_COPIES: cast, "one forward": layers.passing(shape, regime, forward, setup.tile)}
 
 
 def _update(setup: Setup, state: Held, base: float, forward: Forward, count: int) -> Phase:
@@ -216,7 +221,7 @@ def _update(setup: Setup, state: Held, base: float, forward: Forward, count: int
         parts = {"gradients": gradients + own, "activations": kept, "output head": head}
     if not state.gradients_stay and setup.placement.deepspeed:
         parts["buckets"] = state.buckets
-    parts |= {"weights gathered": state.gathered, "weights in bf16": _cast(setup, in_loop=False)}
+    parts |= {"weights gathered": state.gathered, _COPIES: _cast(setup, in_loop=False)}
     return Phase("update", base, _said(parts))
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from rlhf.models import masks
 from rlhf.models.layout import SharedPrompts, Size, plain_rows
+from rlhf.models.quantized import Bits
 from rlhf.planning.frozen import FrozenHeld, Where, frozen_held
 from rlhf.planning.layers import AUTOCAST, BFLOAT16, FLOAT32, Activations, Forward, Regime
 from rlhf.planning.placement import Placement
@@ -32,12 +33,13 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """A frozen reward model. tokens: of one forward. key: of its place in the recipe."""
+    """A frozen reward model. tokens: of one forward. key: of its place in the recipe. bits: of quantized weights."""
 
     shape: Shape
     tokens: int
     where: Where = "replicate"
     key: str = "reward.models.0"
+    bits: Bits | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,8 @@ class Rollouts:
 class Setup:
     """One run. rank: of the policy's adapter, 0 = all weights are trained. reference: its shape; None = the policy with
     its adapter off, or none at all (``compares`` tells). low: bfloat16 arithmetic. exact: the reference runs beside the
-    update. vectors: further copies of the trained weights (step limits, TRPO)."""
+    update. vectors: further copies of the trained weights (step limits, TRPO). bits: of the quantized weights below the
+    policy's adapter; reference_bits: of those of a reference of its own."""
 
     program: Program
     policy: Shape
@@ -86,6 +89,8 @@ class Setup:
     low: bool = True
     exact: bool = False
     vectors: int = 0
+    bits: Bits | None = None
+    reference_bits: Bits | None = None
 
     @property
     def sampled(self) -> bool:
@@ -104,7 +109,15 @@ class Setup:
 
     @property
     def frozen(self) -> int:
-        return self.policy.parameters if self.rank else 0
+        """In whole weights."""
+        if not self.rank:
+            return 0
+        return self.policy.parameters - (self.policy.packable if self.bits else 0)
+
+    @property
+    def packed(self) -> float:
+        """Bytes of the policy's quantized weights."""
+        return self.policy.packed(self.bits) if self.bits else 0.0
 
     @property
     def tile(self) -> int:
@@ -131,10 +144,10 @@ class Setup:
         """Of the reference's own weights, where it has any."""
         if self.reference is None:
             return None
-        return frozen_held(self.reference.parameters, 4, self.reference_where, self.placement)
+        return frozen_held(self.reference, 4, self.reference_where, self.placement, self.reference_bits)
 
     def judge_held(self, judge: Judge) -> FrozenHeld:
-        return frozen_held(judge.shape.parameters, self.judge_bytes(judge), judge.where, self.placement)
+        return frozen_held(judge.shape, self.judge_bytes(judge), judge.where, self.placement, judge.bits)
 
     def judge_bytes(self, judge: Judge) -> int:
         """Of a reward model's weight: as stored, or float32 where that is computed in."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlhf.errors import UserError
+from rlhf.models.quantized import KEPT, Bits
 
 Attention = Literal["eager", "sdpa", "flash"]
 
@@ -27,7 +28,8 @@ class Shape:
     name: what the recipe calls it. source: where its numbers come from. parameters: all of them, tied ones once.
     head: of the output head, vocabulary × hidden. own_head: it is not tied to the embedding. layer: of one decoder
     layer. largest: of the largest matrix in a layer. linear_widths: inputs + outputs of every linear layer that an
-    adapter would sit on. stored_bytes: of a weight on disk. scalar: one score in place of the vocabulary.
+    adapter would sit on. packable: in matrices that quantizing takes, packable_rows: outputs of those. stored_bytes: of
+    a weight on disk. scalar: one score in place of the vocabulary.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Shape:
     layer: int
     largest: int
     linear_widths: int
+    packable: int = 0
+    packable_rows: int = 0
     attention: Attention = "sdpa"
     softcap: bool = False
     stored_bytes: int = 2
@@ -79,6 +83,13 @@ class Shape:
     def gated(self) -> bool:
         return self.family not in _UNGATED
 
+    def packed(self, bits: Bits) -> float:
+        """Bytes of the matrices that are quantized. 4bit: half a byte a weight, a byte a block of 64 for its largest,
+        and a float for 256 of those; 8bit: a byte a weight, and a float a row."""
+        if bits == "4bit":
+            return self.packable * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+        return self.packable + 4.0 * self.packable_rows
+
     def adapter(self, rank: int) -> int:
         """Weights of a LoRA adapter of this rank: r·(inputs + outputs) a linear layer."""
         return rank * self.linear_widths
@@ -105,6 +116,7 @@ def read_shape(
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     stored = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
     heads = text.num_attention_heads
+    matrices = [module for path, module in model.named_modules() if _quantized(path, module)]
     linears = [
         (path, module) for path, module in layers.named_modules() if isinstance(module, nn.Linear | _conv1d_type())
     ]
@@ -125,6 +137,10 @@ def read_shape(
         layer=sum(p.numel() for p in layers.parameters()) // len(layers),
         largest=max(module.weight.numel() for _, module in linears),
         linear_widths=sum(sum(module.weight.shape) for path, module in linears if _targeted(path, targets)),
+        packable=sum(module.weight.numel() for module in matrices),
+        packable_rows=sum(
+            module.nf if isinstance(module, _conv1d_type()) else module.out_features for module in matrices
+        ),
         attention=_kernel(model.config._attn_implementation),
         softcap=getattr(text, "final_logit_softcapping", None) is not None,
         stored_bytes=torch.empty(0, dtype=getattr(torch, stored) if isinstance(stored, str) else stored).element_size(),
@@ -159,6 +175,10 @@ def _conv1d_type() -> type[Any]:
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D
+
+
+def _quantized(path: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | _conv1d_type()) and not path.endswith(KEPT)
 
 
 def _targeted(path: str, targets: str | Sequence[str]) -> bool:

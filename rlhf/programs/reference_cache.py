@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rlhf.interfaces import StatsRequest, TokenStats
 from rlhf.models.layout import Layout, plain_rows
 from rlhf.models.load import base_model
+from rlhf.models.quantized import statistics
 from rlhf.models.reference import Reference
 from rlhf.objectives.dpo import ReferencedPairs
 from rlhf.objectives.supervised import PairBatch
@@ -131,7 +132,7 @@ def row_digests(batch: PairBatch) -> list[Digest]:
 
 def weights_digest(model: nn.Module, dtype: torch.dtype) -> str:
     """SHA-256 over what a forward depends on: configuration, attention kernel, compute type, device, library versions,
-    and the names and bytes of everything that is not an adapter's."""
+    and the names and bytes of everything that is not an adapter's; quantized weights with what they are read with."""
     config = cast(Any, base_model(model)).config
     kernel = getattr(config, "_attn_implementation", None)
     device = next(model.parameters()).device.type
@@ -140,7 +141,8 @@ def weights_digest(model: nn.Module, dtype: torch.dtype) -> str:
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:
             digest.update(name.replace(".base_layer.", ".").encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            for part in (parameter, *statistics(parameter)):
+                digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -95,8 +95,8 @@ def samples(folder: RunFolder, request: Request, note: Note) -> list[Sample]:
     runtime = Runtime(accelerator=None, kind="single", device=device)
     tokenizer = load.load_tokenizer(str(folder.final)) if folder.final else models.tokenizer_of(recipe)
     prompts = _prompts(recipe, request, tokenizer, note)
-    own = _run_model(folder, tokenizer, note)
-    other = _start_model(recipe, request, note)
+    own = _run_model(folder, tokenizer, device, note)
+    other = _start_model(recipe, request, device, note)
     scorer = _scorer(recipe, runtime, note)
     sampler = policy.sampler(recipe, runtime, tokenizer, own, request.count, recipe.rollout.temperature)
     draw = sampler.greedy if request.greedy else sampler.sample
@@ -167,18 +167,18 @@ def _conversational(recipe: Recipe, tokenizer: Any, note: Note) -> bool:
 # ---- models
 
 
-def _run_model(folder: RunFolder, tokenizer: Any, note: Note) -> ScoredModel:
+def _run_model(folder: RunFolder, tokenizer: Any, device: torch.device, note: Note) -> ScoredModel:
     """The run's newest weights: ``final/``, or the newest complete checkpoint of a run that has not finished."""
     recipe = folder.recipe
     dtype = models.compute_dtype(recipe)
     if folder.final is None:
-        return _from_checkpoint(folder, ScoredModel(models.causal_lm(recipe, tokenizer), compute_dtype=dtype), note)
+        started = models.causal_lm(recipe, tokenizer, device)
+        return _from_checkpoint(folder, ScoredModel(started, compute_dtype=dtype), note)
     if (folder.final / "config.json").is_file():
         return ScoredModel(load.load_causal_lm(str(folder.final), what="RUN"), compute_dtype=dtype)
     from peft import PeftModel
 
-    assert recipe.policy.path is not None  # adapters need a base: a rule of recipes
-    base: Any = load.load_causal_lm(recipe.policy.path, attention=recipe.policy.attention)
+    base: Any = models.loaded_policy(recipe, device)  # adapters need a base: a rule of recipes
     return ScoredModel(PeftModel.from_pretrained(base, str(folder.final)), compute_dtype=dtype)
 
 
@@ -197,7 +197,7 @@ def _from_checkpoint(folder: RunFolder, model: ScoredModel, note: Note) -> Score
     return model
 
 
-def _start_model(recipe: Recipe, request: Request, note: Note) -> nn.Module | None:
+def _start_model(recipe: Recipe, request: Request, device: torch.device, note: Note) -> nn.Module | None:
     """The model that the run started from; None where it is not wanted or there is none."""
     path = recipe.policy.path
     if request.side_by_side is False:
@@ -207,7 +207,7 @@ def _start_model(recipe: Recipe, request: Request, note: Note) -> nn.Module | No
             note("the run started from random weights (policy.scratch): there is nothing to compare with")
         return None
     try:
-        return load.load_causal_lm(path, attention=recipe.policy.attention)
+        return models.loaded_policy(recipe, device)
     except UserError as error:
         note(f"no comparison: {error}")
         return None

@@ -17,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.locate import command_name, shipped_recipes
 from rlhf.objectives.presets import is_dotted
 from rlhf.recipe.marks import KeyPath, Problem, read_file
-from rlhf.recipe.reading import on_policy, reads, reward_sources
+from rlhf.recipe.reading import on_policy, quantized, reads, reward_sources
 from rlhf.recipe.schema import DataSource, Recipe, fill
 from rlhf.recipe.sections import RewardSource, RolloutSettings, Run
 from rlhf.recipe.servers import token_of
@@ -81,6 +81,7 @@ def path_rules(folder: Path | None) -> list[Rule]:
         _no_variables,
         _data_exists,
         models_exist,
+        _quantized_models_are_whole,
         _tokens_are_set,
         _code_exists,
         _fits_the_context,
@@ -189,6 +190,17 @@ def _model_problems(key: KeyPath, value: str, folder: Path | None) -> Iterator[P
     elif where == "local" and not any((path / name).is_file() for name in wanted):
         final = "; did you mean its final/?" if (path / "final").is_dir() else ""
         yield Problem(key, f"{shown(value)} holds no {wanted[0]}, so it is no model folder{final}")
+
+
+def _quantized_models_are_whole(recipe: Recipe) -> Iterator[Problem]:
+    for here, path in quantized(recipe):
+        folder = Path(path or "").expanduser()
+        if path and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            yield Problem(
+                (*here, "quantize"),
+                f"{shown(path)} is an adapter, and quantized weights take none in; `rlhf merge {path} --output FOLDER` "
+                "writes the whole model",
+            )
 
 
 def made_by(path: Path, folder: Path | None) -> Path | None:

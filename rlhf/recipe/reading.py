@@ -46,6 +46,17 @@ def reward_sources(recipe: Recipe) -> Iterator[tuple[KeyPath, RewardSource]]:
             yield ("eval", "models", index), judge
 
 
+def quantized(recipe: Recipe) -> Iterator[tuple[KeyPath, str | None]]:
+    """Section and path of every model that is loaded in fewer bits; a reference without one is the policy's start."""
+    if recipe.policy.quantize is not None:
+        yield ("policy",), recipe.policy.path
+    if recipe.reference.quantize is not None and reads(recipe, "reference"):
+        yield ("reference",), recipe.reference.path or recipe.policy.path
+    for here, source in reward_sources(recipe):
+        if source.quantize is not None:
+            yield here, source.path
+
+
 def program_of(recipe: Recipe) -> Program:
     """Which loop runs the objective, and so what its rows are. Outside objectives run in the policy loop."""
     chosen = preset(recipe.objective)

@@ -65,6 +65,12 @@ def one_kind_of_kl(recipe: Recipe) -> Iterator[str]:
 
 
 @remark
+def a_rounded_reference(recipe: Recipe) -> Iterator[str]:
+    if reads(recipe, "reference") and recipe.reference.quantize is not None:
+        yield "reference.quantize: the reference is a rounded model, so that kl/reference does not begin at 0"
+
+
+@remark
 def one_model_is_no_ensemble(recipe: Recipe) -> Iterator[str]:
     if reads(recipe, "reward") and recipe.reward.combine != "mean" and len(recipe.reward.models) == 1:
         yield f"reward.combine: {recipe.reward.combine} of a single model is that model"

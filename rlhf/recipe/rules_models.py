@@ -10,12 +10,13 @@ from importlib.util import find_spec
 
 from rlhf.objectives.presets import is_dotted, preset
 from rlhf.recipe.marks import KeyPath, Problem
-from rlhf.recipe.reading import on_policy, program_of, reads, reward_sources
+from rlhf.recipe.reading import on_policy, program_of, quantized, reads, reward_sources
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.sections import RewardModel, RewardSource
 from rlhf.recipe.servers import addresses, wrong_addresses
 from rlhf.recipe.validate import Rule, registrar
 
+_NO_PLACE = "placement would cut them into shares or move them; set placement=auto, or quantize=null"
 RULES: list[Rule] = []
 rule = registrar(RULES)
 
@@ -92,8 +93,6 @@ def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
             "moves an adapter, and reference.path has another base below it; remove one of the two",
         )
     placement = recipe.reference.placement
-    if placement == "quantized":
-        yield Problem(("reference", "placement"), f"{placement} is not in this version; set auto")
     if placement in ("zero3", "offload") and moves is not None:
         yield Problem(
             ("reference", "placement"), f"a reference that moves ({moves}) is whole on every process; set auto"
@@ -106,6 +105,45 @@ def reference_can_be_placed(recipe: Recipe) -> Iterator[Problem]:
             ("reference", "placement"),
             "the exact KL reads the reference in the update too; set auto, or kl.estimator=k1",
         )
+
+
+@rule
+def a_quantized_policy_is_frozen_below_an_adapter(recipe: Recipe) -> Iterator[Problem]:
+    here, settings = ("policy", "quantize"), recipe.policy
+    if settings.quantize is None:
+        return
+    if settings.lora is None:
+        yield Problem(here, "quantized weights are not trained; add policy.lora (QLoRA), or set null")
+    if recipe.objective == "reward":
+        yield Problem(here, "a reward model is saved whole, in weights that these no longer are; set null")
+    if on_policy(recipe) and recipe.rollout.engine == "vllm":
+        yield Problem(
+            here, "vLLM is given whole weights, many times what was saved; set rollout.engine=hf, or null here"
+        )
+    if reads(recipe, "reference") and (recipe.reference.ema > 0 or recipe.reference.reset_steps):
+        yield Problem(here, "a reference that moves is a copy of the policy in whole weights; set null here, or there")
+
+
+@rule
+def a_quantized_reference_is_read_from_its_folder(recipe: Recipe) -> Iterator[Problem]:
+    here, settings = ("reference", "quantize"), recipe.reference
+    if settings.quantize is None or not reads(recipe, "reference"):
+        return
+    if settings.path is None and recipe.policy.lora is not None:
+        yield Problem(here, "the reference is the policy with its adapter off; set policy.quantize=4bit instead")
+    elif settings.path is None and recipe.policy.path is None:
+        yield Problem(here, "weights are quantized while they are read, and policy.scratch has no folder; set null")
+    if settings.ema > 0 or settings.reset_steps:
+        yield Problem(here, "a reference that moves has whole weights; set null")
+    if settings.placement in ("zero3", "offload"):
+        yield Problem(here, f"quantized weights stay where they are, and {_NO_PLACE}")
+
+
+@rule
+def quantizing_needs_bitsandbytes(recipe: Recipe) -> Iterator[Problem]:
+    if find_spec("bitsandbytes") is None:
+        for here, _ in quantized(recipe):
+            yield Problem((*here, "quantize"), "bitsandbytes is not installed; `pip install 'rlhf[quantize]'`")
 
 
 @rule
@@ -143,14 +181,16 @@ def _served(here: KeyPath, source: RewardSource) -> Iterator[Problem]:
         yield Problem((*here, "microbatch_tokens"), "a server cuts its own forwards (--batch-tokens); remove it")
     if isinstance(source, RewardModel) and source.placement != "auto":
         yield Problem((*here, "placement"), "a server's weights lie where it runs; set auto")
+    if source.quantize is not None:
+        yield Problem((*here, "quantize"), "a server's weights are as it loaded them; remove it")
 
 
 def _loaded(here: KeyPath, source: RewardSource) -> Iterator[Problem]:
     for key in ("token_env", "give_up_seconds"):
         if key in source.model_fields_set and getattr(source, key) != RewardSource.model_fields[key].default:
             yield Problem((*here, key), "only a server (`url:`) is asked over a network; remove it")
-    if isinstance(source, RewardModel) and source.placement == "quantized":
-        yield Problem((*here, "placement"), f"{source.placement} is not in this version; set auto")
+    if isinstance(source, RewardModel) and source.quantize is not None and source.placement in ("zero3", "offload"):
+        yield Problem((*here, "quantize"), f"quantized weights stay where they are, and {_NO_PLACE}")
 
 
 @rule

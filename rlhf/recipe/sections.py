@@ -15,8 +15,10 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Placement = Literal["auto", "replicate", "zero3", "offload", "quantized"]
+Placement = Literal["auto", "replicate", "zero3", "offload"]
+Bits = Literal["4bit", "8bit"]
 PLACEMENT = "auto: whole on every process; zero3: sharded over them; offload: in host memory while it is idle (GPU)."
+QUANTIZE = "Weights of its linear layers by bitsandbytes: 8bit: int8 a row; 4bit: NF4 a block; null = as they are."
 Baseline = Literal[
     "none",
     "moving_average",
@@ -134,6 +136,9 @@ class Policy(Section):
         default="auto", min_length=1, description="auto = the tokenizer's own; or a .jinja file."
     )
     lora: Lora | None = Field(default=None, description="null = all weights are trained.")
+    quantize: Literal["4bit"] | None = Field(
+        default=None, description="4bit: the frozen weights below `lora` in NF4 (QLoRA), the adapter in float32."
+    )
 
 
 class Reference(Section):
@@ -152,6 +157,7 @@ class Reference(Section):
         default=None, description="Every so many steps it becomes the policy as it is then; null = never."
     )
     placement: Placement = Field(default="auto", description=PLACEMENT)
+    quantize: Bits | None = Field(default=None, description=QUANTIZE)
 
 
 class Value(Section):
@@ -191,6 +197,7 @@ class RewardSource(Section):
     microbatch_tokens: Count | None = Field(
         default=None, description="Tokens of one forward; null = `batch.microbatch_tokens`."
     )
+    quantize: Bits | None = Field(default=None, description=QUANTIZE)
 
 
 class RewardModel(RewardSource):

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.interfaces import Alone, Collective
-from rlhf.models import masks
+from rlhf.models import masks, quantized
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.models.layout import Size, plain_rows
 from rlhf.models.prefixes import share_prefixes, shared_length
+from rlhf.models.quantized import Quantization
 from rlhf.models.scalar import ScalarModel
 from rlhf.rewards import canary
 from rlhf.rollout import Prompt, Rollout, pad_rows
@@ -175,12 +176,14 @@ def load_reward_model(
     name: str | None = None,
     placement: Placement = "replicate",
     collective: Collective = _ALONE,
+    quantize: Quantization | None = None,
 ) -> RewardModel:
     """A frozen reward model and its tokenizer from a folder or the hub.
 
-    Weights are float32 when computing in float32, else in the type they were stored in. Raises UserError where nothing
-    can be loaded, where the head has another number of outputs than one, where weights are missing (they would be
-    random, and a random head still gives scores), and where the canary's texts show that the scores mean nothing.
+    Weights are float32 when computing in float32, else in the type they were stored in; quantize: those of its linear
+    layers in fewer bits, its score head aside. Raises UserError where nothing can be loaded, where the head has another
+    number of outputs than one, where weights are missing (they would be random, and a random head still gives scores),
+    and where the canary's texts show that the scores mean nothing.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -192,6 +195,7 @@ def load_reward_model(
             dtype=torch.float32 if compute_dtype == torch.float32 else "auto",
             output_loading_info=True,
             use_safetensors=True,
+            **(quantize.loading() if quantize is not None else {}),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: no reward model could be loaded ({_first_line(error)})") from error
@@ -200,6 +204,8 @@ def load_reward_model(
         raise UserError(
             f"{where}: the checkpoint lacks weights ({missing}); they would be random: train it with objective=reward"
         )
+    if quantize is not None:
+        quantized.settle(model, where)
     model.requires_grad_(False).eval()
     loaded = RewardModel(
         name=name or short_name(path),

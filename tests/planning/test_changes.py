@@ -74,7 +74,7 @@ def test_the_order_is_the_documented_one() -> None:
     names = [step.__name__ for step in changes.ORDER]
     assert names == [
         *("recompute", "zero2", "zero3", "frozen_shares", "smaller_microbatch", "smaller_cache", "offload", "lora"),
-        *("reward_server", "more_gpus"),
+        *("qlora", "quantized_judges", "reward_server", "more_gpus"),
     ]
 
 

@@ -241,10 +241,55 @@ MEANING: dict[str, Broken] = {
         recipe(eval="eval: {models: [{path: model, url: 'http://h:1'}]}"), "eval.models.0: both path and url", line=6
     ),
     "judge without a path": b(recipe(eval="eval: {models: [{}]}"), "eval.models.0: neither path nor url", line=6),
-    "sharded reward model": b(
+    "a placement that is none": b(
         recipe(reward="reward: {models: [{path: model, placement: quantized}]}"),
-        "quantized is not in this version",
+        "auto | replicate | zero3 | offload",
         line=4,
+    ),
+    "quantized weights in shares": b(
+        recipe(reward="reward: {models: [{path: model, placement: zero3, quantize: 8bit}]}"),
+        "quantized weights stay where they are",
+        line=4,
+    ),
+    "quantizing a server's model": b(
+        served("http://h:1", "quantize: 8bit"), "a server's weights are as it loaded them", line=4
+    ),
+    "quantized to nothing": b(
+        recipe(reward="reward: {models: [{path: model, quantize: 2bit}]}"), "4bit | 8bit", line=4
+    ),
+    "training quantized weights": b(recipe(policy="policy: {path: model, quantize: 4bit}"), "add policy.lora", line=3),
+    "a policy of 8 bits": b(recipe(policy="policy: {path: model, lora: {}, quantize: 8bit}"), "must be 4bit", line=3),
+    "a quantized reward model in training": b(
+        recipe(objective="objective: reward", policy="policy: {path: model, lora: {}, quantize: 4bit}", reward=None),
+        "a reward model is saved whole",
+        line=3,
+    ),
+    "quantized weights pushed": b(
+        recipe(
+            policy="policy: {path: model, lora: {}, quantize: 4bit}",
+            rollout="rollout: {engine: vllm, url: 'http://127.0.0.1:8000'}",
+        ),
+        "vLLM is given whole weights",
+        line=3,
+    ),
+    "a moving reference of quantized weights": b(
+        recipe(policy="policy: {path: model, lora: {}, quantize: 4bit}", reference="reference: {ema: 0.9}"),
+        "a reference that moves is a copy",
+        line=3,
+    ),
+    "a quantized reference that is the policy": b(
+        recipe(policy="policy: {path: model, lora: {}}", reference="reference: {quantize: 8bit}"),
+        "set policy.quantize=4bit instead",
+        line=6,
+    ),
+    "a quantized reference from nowhere": b(
+        recipe(policy="policy: {scratch: {}}", reference="reference: {quantize: 8bit}"), "has no folder", line=6
+    ),
+    "a quantized reference that moves": b(
+        recipe(reference="reference: {quantize: 8bit, reset_steps: 5}"), "a reference that moves has whole", line=6
+    ),
+    "a quantized reference in shares": b(
+        recipe(reference="reference: {quantize: 4bit, placement: offload}"), "stay where they are", line=6
     ),
     "a reference in shares that moves": b(
         recipe(reference="reference: {ema: 0.9, placement: zero3}"), "a reference that moves", line=6

@@ -46,6 +46,7 @@ def test_an_outside_objective_may_read_any_section() -> None:
         (["kl.credit=to_go", "reinforce.baseline=moving_average"], "moving_average acts on scores"),
         (["kl.beta=0"], "nothing holds the policy"),
         (["reward={combine: min, models: [{path: model}]}"], "of a single model is that model"),
+        (["reference.quantize=8bit"], "the reference is a rounded model"),
         (["rollout.temperature=0.7"], "KL and metrics are of the tempered policy"),
         (["reinforce.baseline=optimal_token"], "below about 16 samples"),
         (["eval.every_steps=10"], "eval.every_steps is 10 and the run has 3 steps"),
