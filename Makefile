@@ -35,7 +35,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 RLHF_TEST_EXTRAS=all \
 	  $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-# All of tests/ranks, the slow ones included: two real processes under DDP and ZeRO-1 to 3. Minutes.
+# All of tests/ranks, the slow ones included: two real processes under DDP, ZeRO-1 to 3 and FSDP2. Minutes.
 test-distributed: $(STAMP)
 	OMP_NUM_THREADS=1 RLHF_TEST_EXTRAS=all $(BIN)/python -m pytest -m ranks tests/ranks $(PYTEST_ARGS)
 

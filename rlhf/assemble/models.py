@@ -21,6 +21,7 @@ from rlhf.models.quantized import Bits, Quantization, weights
 from rlhf.models.reference import FrozenReference, MovingReference, Reference
 from rlhf.objectives.presets import OBJECTIVES
 from rlhf.recipe import Recipe
+from rlhf.recipe.reading import reads
 from rlhf.runtime import distributed, step_size
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.placement import Placement, place
@@ -28,8 +29,8 @@ from rlhf.runtime.schedule import learning_rate_schedule
 from rlhf.runtime.updater import Forward, Updater
 
 NO_SHARDS = (
-    "policy.quantize=4bit: ZeRO-3 cuts weights into shares, and quantized ones are read with figures that it does not "
-    "know of; launch DDP or ZeRO-2, or set policy.quantize=null"
+    "policy.quantize=4bit: ZeRO-3 and FSDP2 cut weights into shares, and quantized ones are read with figures that "
+    "they do not know of; launch DDP or ZeRO-2, or set policy.quantize=null"
 )
 
 
@@ -161,10 +162,7 @@ def critic(recipe: Recipe, tokenizer: Any, policy: nn.Module, note: Callable[[st
 
 def reference(recipe: Recipe, policy: ScoredModel, runtime: Runtime) -> FrozenReference | None:
     """Another checkpoint, or a copy of the policy as it is now, which may follow it; None where an adapter switched off
-    will do.
-
-    Raises UserError for one that is to follow weights which every process holds a part of.
-    """
+    will do."""
     settings, dtype = recipe.reference, compute_dtype(recipe)
     how = placement(settings.placement)
     moves = settings.ema > 0 or settings.reset_steps is not None
@@ -180,8 +178,6 @@ def reference(recipe: Recipe, policy: ScoredModel, runtime: Runtime) -> FrozenRe
     placed = place(frozen, how, runtime.device, runtime)
     if not moves:
         return FrozenReference(frozen, placed)
-    if runtime.sharded:
-        raise UserError("reference.ema and reset_steps read whole weights, which ZeRO-3 shards: use ZeRO-2, or set 0")
     decay = settings.ema if settings.ema > 0 else 1.0
     follower = MovingReference(frozen, placed, policy=policy, decay=decay, every_steps=settings.reset_steps)
     follower.refuse_strangers()
@@ -245,14 +241,17 @@ def trust_region(recipe: Recipe) -> bool:
     return chosen is not None and chosen.trust_region
 
 
-def refuse_quantized_shards(recipe: Recipe, runtime: Runtime) -> None:
-    """Before anything is loaded: raises UserError where ZeRO-3 would cut quantized weights into shares."""
+def refuse_what_needs_whole_weights(recipe: Recipe, runtime: Runtime) -> None:
+    """Before anything is loaded: raises UserError where weights are in shards and something reads them whole between
+    steps, or where steps are to be measured and never can be."""
     if recipe.policy.quantize is not None and runtime.sharded:
         raise UserError(NO_SHARDS)
-
-
-def refuse_unmeasurable_steps(recipe: Recipe, runtime: Runtime) -> None:
-    """Before anything is loaded: raises UserError where steps are to be measured and never can be."""
+    settings = recipe.reference
+    if runtime.sharded and reads(recipe, "reference") and (settings.ema > 0 or settings.reset_steps is not None):
+        raise UserError(
+            f"reference.ema and reset_steps read whole weights, which {runtime.kind} holds in shards: launch with ddp "
+            "or zero2, or set reference.ema=0 and reset_steps=null"
+        )
     if trust_region(recipe) or recipe.optim.kl_step_limit is not None:
         step_size.refuse_shards(runtime)
     if trust_region(recipe) and compute_dtype(recipe) != torch.float32:

@@ -19,9 +19,9 @@ _ROWS = {"sft": 1, "preference": 2, "reward": 2}  # a prompt's rows where they a
 
 
 def setup(recipe: Recipe, placement: Placement, machine: Machine, shapes: Shapes) -> Setup:
-    """Everything that a plan needs. Raises UserError where a model's size is not known, and for quantized weights under
-    ZeRO-3."""
-    if recipe.policy.quantize is not None and placement.kind == "zero3":
+    """Everything that a plan needs. Raises UserError where a model's size is not known, and for quantized weights in
+    shares."""
+    if recipe.policy.quantize is not None and placement.sharded:
         raise UserError(models.NO_SHARDS)
     program, policy = program_of(recipe), shapes.policy(recipe)
     compared = program in ("policy", "preference")

@@ -169,8 +169,7 @@ def evaluation(
 def build(recipe: Recipe, session: Session) -> Job:
     """Data first, models after it: nothing is loaded for a run that cannot start."""
     runtime = session.runtime
-    models.refuse_unmeasurable_steps(recipe, runtime)
-    models.refuse_quantized_shards(recipe, runtime)
+    models.refuse_what_needs_whole_weights(recipe, runtime)
     own = runtime.share(recipe.batch.prompts_per_step, "prompts")
     tokenizer = models.tokenizer_of(recipe)
     train_prompts, held_out = data.train_and_eval(data.prompts, recipe, session.note, tokenizer)

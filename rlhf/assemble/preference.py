@@ -31,8 +31,7 @@ from rlhf.runtime.updater import PolicyForward
 def build(recipe: Recipe, session: Session) -> Job:
     """Pairs of ``data.train``; prompts of ``data.eval``, where there is a reward to judge completions with."""
     runtime, size = session.runtime, recipe.batch.prompts_per_step
-    models.refuse_unmeasurable_steps(recipe, runtime)
-    models.refuse_quantized_shards(recipe, runtime)
+    models.refuse_what_needs_whole_weights(recipe, runtime)
     own = runtime.share(size, "prompts")
     tokenizer = models.tokenizer_of(recipe)
     pairs, report = data.preferences(recipe, recipe.data.train, tokenizer)

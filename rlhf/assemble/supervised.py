@@ -31,8 +31,7 @@ from rlhf.runtime.updater import PolicyForward
 def sft(recipe: Recipe, session: Session) -> Job:
     """Supervised fine-tuning: −log π of given completions, a mean over their tokens."""
     runtime, size = session.runtime, recipe.batch.prompts_per_step
-    models.refuse_unmeasurable_steps(recipe, runtime)
-    models.refuse_quantized_shards(recipe, runtime)
+    models.refuse_what_needs_whole_weights(recipe, runtime)
     own = runtime.share(size, "rows")
     tokenizer = models.tokenizer_of(recipe)
     rows, held_out = (

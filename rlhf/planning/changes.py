@@ -107,7 +107,7 @@ def lora(setup: Setup) -> Change | None:
 def qlora(setup: Setup) -> Change | None:
     """The weights below an adapter in 4 bits."""
     served = setup.rollouts.engine in ("vllm", "server")
-    if not setup.rank or setup.bits or setup.policy.scalar or setup.placement.kind == "zero3" or served:
+    if not setup.rank or setup.bits or setup.policy.scalar or setup.placement.sharded or served:
         return None
     what = "the frozen weights below the adapter in 4 bits"
     return Change(what, ("policy.quantize=4bit",), replace(setup, bits="4bit"))

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf.errors import UserError
 
-Kind = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Kind = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 # DeepSpeed's defaults, in elements: what is reduced at once, and how much of ZeRO-3's weights may be whole at once.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
@@ -34,6 +34,16 @@ class Placement:
     def deepspeed(self) -> bool:
         return self.kind.startswith("zero")
 
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are whole on no process."""
+        return self.kind in ("zero3", "fsdp2")
+
+    @property
+    def lowers(self) -> bool:
+        """Whether forwards read weights of the arithmetic's type, where others cast float32 ones as they go."""
+        return self.deepspeed or self.kind == "fsdp2"
+
     def at(self, kind: Kind) -> Placement:
         """The same processes under another kind; one process needs none."""
         return replace(self, kind=kind if self.processes > 1 or kind.startswith("zero") else "single")
@@ -41,16 +51,25 @@ class Placement:
     @property
     def said(self) -> str:
         words = {"single": "one process", "ddp": f"{self.processes} processes, replicated (DDP)"}
+        words["fsdp2"] = f"{self.processes} processes, FSDP2"
         text = words.get(self.kind, f"{self.processes} processes, ZeRO-{self.kind[-1]}")
         offloaded = [n for n, on in (("optimizer", self.offload_optimizer), ("weights", self.offload_weights)) if on]
         return f"{text}, {' and '.join(offloaded)} in host memory" if offloaded else text
 
 
+@dataclass(frozen=True)
+class Units:
+    """What FSDP2 gathers at once, in weights. layer: the largest decoder layer. rest: all that is in no layer."""
+
+    layer: int
+    rest: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Held:
     """Bytes of the trained model on one process. weights, optimizer (with float32 masters): always there. gradients: at
-    the end of a backward. buckets: while gradients travel. gathered: ZeRO-3's whole weights in a forward; whole: in a
-    rollout. stepping: while the optimizer steps. host: what was taken off the device."""
+    the end of a backward. buckets: while gradients travel. gathered: whole weights in a forward, of ZeRO-3 and FSDP2;
+    whole: in a rollout. stepping: while the optimizer steps. host: what was taken off the device."""
 
     weights: float
     optimizer: float
@@ -63,12 +82,24 @@ class Held:
     gradients_stay: bool = False
 
 
-def held(placement: Placement, frozen: int, trained: int, largest: int, *, low: bool, packed: float = 0.0) -> Held:
+def held(
+    placement: Placement,
+    frozen: int,
+    trained: int,
+    largest: int,
+    *,
+    low: bool,
+    packed: float = 0.0,
+    units: Units | None = None,
+) -> Held:
     """Of ``frozen`` and ``trained`` weights. largest: of the largest trained tensor. low: bfloat16 arithmetic. packed:
-    bytes of quantized weights beside the frozen ones; every process has them all."""
+    bytes of quantized weights beside the frozen ones; every process has them all. units: asked for under FSDP2."""
     if placement.deepspeed:
         found = _sharded(placement, frozen, trained, 2 if low else 4)
         return replace(found, weights=found.weights + packed)
+    if placement.kind == "fsdp2":
+        assert units is not None
+        return _fully_sharded(placement, frozen, trained, largest, 2 if low else 4, units)
     buckets = 4.0 * trained if placement.kind == "ddp" else 0.0  # DDP reduces copies of the gradients
     return Held(
         weights=4.0 * (frozen + trained) + packed,
@@ -106,6 +137,21 @@ def _sharded(placement: Placement, frozen: int, trained: int, size: int) -> Held
     )
 
 
+def _fully_sharded(placement: Placement, frozen: int, trained: int, largest: int, size: int, units: Units) -> Held:
+    """float32 shares of everything; weights travel in the arithmetic's type, gradients in float32. Two layers are whole
+    at once, the one that computes and the next."""
+    shards, everything = placement.processes, frozen + trained
+    return Held(
+        weights=4.0 * everything / shards,
+        optimizer=8.0 * trained / shards,
+        gradients=4.0 * trained / shards,
+        buckets=(size + 4.0) * units.layer if trained > frozen else 0.0,  # an adapter's gradients are nothing
+        gathered=float(size) * (units.rest + 2 * units.layer),
+        whole=float(size) * everything,
+        stepping=8.0 * largest / shards if placement.cpu else 4.0 * trained / shards,
+    )
+
+
 def read_placement(file: Path | None, processes: int) -> Placement:
     """An accelerate configuration on ``processes`` GPUs (None: one process, or DDP). A CPU configuration keeps its own
     number of processes. Raises UserError for what cannot be read and for kinds of sharding that are not planned for."""
@@ -117,11 +163,22 @@ def read_placement(file: Path | None, processes: int) -> Placement:
     kind = str(settings.get("distributed_type", "NO")).upper()
     if kind == "DEEPSPEED":
         return _deepspeed(settings.get("deepspeed_config") or {}, file, count, cpu)
+    if kind == "FSDP":
+        return _fsdp(settings.get("fsdp_config") or {}, file, count, cpu)
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise UserError(f"{file}: distributed_type {kind} is not planned for; use one of accelerate_configs/*.yaml")
     if kind == "NO" and count > 1:
         raise UserError(f"{file}: starts one process, and there are {count} GPUs; use --gpus 1, zero2 or zero3")
     return Placement(kind="ddp" if count > 1 else "single", processes=count, cpu=cpu)
+
+
+def _fsdp(given: dict[str, Any], file: Path, processes: int, cpu: bool) -> Placement:
+    """The settings that ``rlhf.runtime.fsdp`` takes."""
+    if int(given.get("fsdp_version", 1)) != 2 or given.get("fsdp_offload_params"):
+        raise UserError(
+            f"{file}: only fsdp_version 2 without fsdp_offload_params is run; see accelerate_configs/fsdp2.yaml"
+        )
+    return Placement(kind="fsdp2" if processes > 1 else "single", processes=processes, cpu=cpu)
 
 
 def _deepspeed(given: dict[str, Any], file: Path, processes: int, cpu: bool) -> Placement:

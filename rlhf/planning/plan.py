@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rlhf.models.quantized import Bits
 from rlhf.planning import layers
 from rlhf.planning.layers import Forward, Regime
-from rlhf.planning.placement import Held, held
+from rlhf.planning.placement import Held, Units, held
 from rlhf.planning.rollouts import Decoding, decoding
 from rlhf.planning.setup import Judge, Setup, forwards, own_prompts, scoring
 from rlhf.planning.shapes import Shape
@@ -103,7 +103,20 @@ def make_plan(setup: Setup) -> Plan:
 def _state(setup: Setup) -> Held:
     embedding = 0 if setup.rank else setup.policy.vocab * setup.policy.hidden
     largest = max(embedding, 0 if setup.rank else setup.policy.largest)
-    return held(setup.placement, setup.frozen, setup.trained, largest, low=setup.low, packed=setup.packed)
+    return held(
+        setup.placement,
+        setup.frozen,
+        setup.trained,
+        largest,
+        low=setup.low,
+        packed=setup.packed,
+        units=_units(setup),
+    )
+
+
+def _units(setup: Setup) -> Units:
+    models = [setup.policy, *([setup.critic] if setup.critic else [])]
+    return Units(max(model.layer for model in models), sum(model.parameters - model.trunk for model in models))
 
 
 def _roles(setup: Setup, state: Held) -> list[Role]:
@@ -219,7 +232,7 @@ def _update(setup: Setup, state: Held, base: float, forward: Forward, count: int
     else:
         own = first if setup.placement.processes > 1 else 0.0
         parts = {"gradients": gradients + own, "activations": kept, "output head": head}
-    if not state.gradients_stay and setup.placement.deepspeed:
+    if not state.gradients_stay and setup.placement.lowers:
         parts["buckets"] = state.buckets
     parts |= {"weights gathered": state.gathered, _COPIES: _cast(setup, in_loop=False)}
     return Phase("update", base, _said(parts))
@@ -230,7 +243,7 @@ def _head_gradient(setup: Setup) -> float:
     a buffer of its own that waits for the embedding's where the two are tied."""
     if setup.rank or setup.policy.scalar:
         return 0.0
-    size = 2 if setup.placement.deepspeed and setup.low else 4
+    size = 2 if setup.placement.lowers and setup.low else 4
     return float(size * setup.policy.head)
 
 

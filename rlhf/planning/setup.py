@@ -129,10 +129,10 @@ class Setup:
 
     @property
     def regime(self) -> Regime:
-        """Of the trained model: its engine's type, or float32 weights under autocast."""
+        """Of the trained model: weights of the arithmetic's type, or float32 ones under autocast."""
         if not self.low:
             return FLOAT32
-        return BFLOAT16 if self.placement.deepspeed else AUTOCAST
+        return BFLOAT16 if self.placement.lowers else AUTOCAST
 
     @property
     def frozen_regime(self) -> Regime:

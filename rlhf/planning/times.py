@@ -58,14 +58,14 @@ def _update(setup: Setup, known: Card) -> float:
 
 
 def _traffic(setup: Setup, known: Card) -> float:
-    """Seconds that a step's gradients, and under ZeRO-3 its weights, are on the way."""
+    """Seconds that a step's gradients, and under ZeRO-3 and FSDP2 its weights, are on the way."""
     placement = setup.placement
     if placement.processes == 1:
         return 0.0
-    size = 2.0 if setup.low and placement.deepspeed else 4.0
+    size = 2.0 if setup.low and placement.lowers else 4.0
     _, count = forwards(setup)
     numbers = 2.0 * setup.trained
-    if placement.kind == "zero3":
+    if placement.sharded:
         again = 2.0 if setup.step.activations == "keep" else 3.0
         numbers += count * again * (setup.trained + setup.frozen)
     elif placement.deepspeed:

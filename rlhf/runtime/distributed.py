@@ -1,4 +1,4 @@
-"""One process or several, plain, DDP or DeepSpeed ZeRO, behind one small object.
+"""One process or several, plain, DDP, DeepSpeed ZeRO or FSDP2, behind one small object.
 
 What starts a run silently wrong here is checked at the start: a launcher that started one process, ranks that do not
 train together, a DeepSpeed request that was dropped (docs/troubleshooting.md).
@@ -17,19 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
+from rlhf.runtime import fsdp
 
-Kind = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Kind = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The process group and the device. Implements ``interfaces.Collective``."""
+    """The process group and the device. Implements ``interfaces.Collective``. compute_dtype: of the trained model."""
 
     accelerator: Any
     kind: Kind
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    compute_dtype: torch.dtype = torch.float32
 
     @property
     def main(self) -> bool:
@@ -37,7 +39,8 @@ class Runtime:
 
     @property
     def sharded(self) -> bool:
-        return self.kind == "zero3"
+        """Whether weights are whole on no process."""
+        return self.kind in ("zero3", "fsdp2")
 
     @property
     def deepspeed(self) -> bool:
@@ -88,22 +91,29 @@ class Runtime:
 
     @contextlib.contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
-        """Full weights on every rank inside the block: for ``generate`` and for saving under ZeRO-3."""
-        if not self.sharded:
-            yield
-            return
-        import deepspeed
+        """Full weights on every rank inside the block, to be read."""
+        if self.kind == "fsdp2":
+            with fsdp.whole(model):
+                yield
+        elif self.kind == "zero3":
+            import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            with deepspeed.zero.GatheredParameters(list(model.parameters())):
+                yield
+        else:
             yield
 
     @contextlib.contextmanager
     def decoding(self, engine: nn.Module) -> Iterator[None]:
         """Full weights and no collectives inside the block: ranks decode to different lengths.
 
-        Under ZeRO-3 the engine's hooks gather and release weights at every module call, which hangs as soon as one rank
+        Under ZeRO-3 and FSDP2 hooks gather and release weights at every module call, which hangs as soon as one rank
         makes a call that another does not.
         """
+        if self.kind == "fsdp2":
+            with fsdp.decoding(engine, self.compute_dtype):
+                yield
+            return
         if not self.sharded:
             yield
             return
@@ -130,26 +140,29 @@ _POLICY: Mapping[Kind, str] = {
     "zero1": "whole on each, its optimizer state in shares (ZeRO-1)",
     "zero2": "whole on each, its gradients and optimizer state in shares (ZeRO-2)",
     "zero3": "in shares, with its gradients and optimizer state (ZeRO-3)",
+    "fsdp2": "in shares, with its gradients and optimizer state (FSDP2)",
 }
 
 
 def start(*, max_grad_norm: float | None, compute_dtype: torch.dtype, timeout_seconds: float = 1800.0) -> Runtime:
     """Joins the process group that the launcher described in the environment, and checks that it is what it says."""
-    wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    wants_deepspeed, wants_fsdp = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true", fsdp.asked_for()
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         if wants_deepspeed:
             compile_nothing()
-    accelerator = _accelerator(wants_deepspeed, on_cpu, compute_dtype, timeout_seconds)
+    with fsdp.kept_from_accelerate() if wants_fsdp else contextlib.nullcontext():
+        accelerator = _accelerator(wants_deepspeed, on_cpu, compute_dtype, timeout_seconds)
     if wants_deepspeed:
         _configure_deepspeed(accelerator, max_grad_norm)
     runtime = Runtime(
         accelerator=accelerator,
-        kind=_kind(accelerator),
+        kind=_kind(accelerator, wants_fsdp),
         device=accelerator.device,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        compute_dtype=compute_dtype,
     )
     _check(runtime, wants_deepspeed)
     return runtime
@@ -164,7 +177,7 @@ def _accelerator(wants_deepspeed: bool, on_cpu: bool, compute_dtype: torch.dtype
         InitProcessGroupKwargs(backend="gloo", timeout=timeout) if on_cpu else InitProcessGroupKwargs(timeout=timeout)
     )
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    # Under DeepSpeed the engine owns the low-precision copy; elsewhere ScoredModel's own autocast does.
+    # Under DeepSpeed the engine owns the low-precision copy; elsewhere ScoredModel's own autocast, or ``fsdp.shard``.
     mixed = "bf16" if wants_deepspeed and compute_dtype == torch.bfloat16 else "no"
     with quiet_stdout():
         return Accelerator(
@@ -199,10 +212,12 @@ def _configure_deepspeed(accelerator: Any, max_grad_norm: float | None) -> None:
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
 
 
-def _kind(accelerator: Any) -> Kind:
+def _kind(accelerator: Any, wants_fsdp: bool) -> Kind:
     if str(accelerator.distributed_type).endswith("DEEPSPEED"):
         return cast(Kind, f"zero{accelerator.state.deepspeed_plugin.zero_stage}")
-    return "ddp" if accelerator.num_processes > 1 else "single"
+    if accelerator.num_processes == 1:
+        return "single"
+    return "fsdp2" if wants_fsdp else "ddp"
 
 
 def _check(runtime: Runtime, wants_deepspeed: bool) -> None:
@@ -230,6 +245,9 @@ def prepare(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer
     """Wraps model and optimizer for this process group and checks that the wrapper is the expected one."""
     if runtime.kind == "single":
         return model.to(runtime.device), optimizer
+    if runtime.kind == "fsdp2":
+        fsdp.shard(model, optimizer, runtime.device, runtime.compute_dtype)
+        return model, optimizer
     with quiet_stdout():
         wrapped, wrapped_optimizer = runtime.accelerator.prepare(model, optimizer)
     expected = "DeepSpeedEngine" if runtime.deepspeed else "DistributedDataParallel"

@@ -61,7 +61,7 @@ class Before:
     ) -> Before:
         """Weights that are not trained are shared with the copy.
 
-        Raises UserError under DeepSpeed: the copies that forwards read are remade from shards after each step.
+        Raises UserError where weights are in shards: the copies that forwards read are remade from them.
         """
         refuse_shards(runtime)
         copy = ScoredModel(frozen_copy(policy.causal_lm), compute_dtype=policy.compute_dtype)
@@ -114,10 +114,10 @@ class Before:
 
 def refuse_shards(runtime: Runtime) -> None:
     """Raises UserError where weights are sharded or offloaded."""
-    if runtime.deepspeed:
+    if runtime.deepspeed or runtime.sharded:
         raise UserError(
             f"optim.kl_step_limit and trpo put whole weights back after a step, and {runtime.kind} holds them in "
-            "shards: launch without DeepSpeed (accelerate_configs/cpu_2ranks.yaml, single_gpu.yaml), or leave them out"
+            "shards: launch without sharding (accelerate_configs/cpu_2ranks.yaml, single_gpu.yaml), or leave them out"
         )
 
 

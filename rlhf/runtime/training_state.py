@@ -1,7 +1,7 @@
 """Weights and optimizer moments as plain named tensors, whatever holds them: the content of a checkpoint.
 
 The names are the model's own and the tensors whole, so a checkpoint does not depend on the number of processes or the
-ZeRO stage that wrote it.
+way of sharding that wrote it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
+from rlhf.runtime import fsdp
 from rlhf.runtime.distributed import Runtime, unwrap
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -21,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def collect(runtime: Runtime, model: nn.Module, optimizer: Any) -> dict[str, dict[str, Tensor]]:
     """{"model": {name: weight}, "optimizer": {"name.exp_avg": …, "step": …}} on CPU; on ranks other than 0 empty.
 
-    Every rank must call it: under ZeRO the parts are gathered one parameter at a time.
+    Every rank must call it: parts are gathered one parameter at a time.
     """
     _ensure_moments(runtime, model)
     files: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
@@ -103,7 +104,8 @@ def _ensure_moments(runtime: Runtime, model: nn.Module) -> None:
 def _read(runtime: Runtime, optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
     if not runtime.deepspeed:
         state = _base(optimizer).state.get(parameter, {})
-        return parameter, {key: state[key] for key in MOMENTS if key in state}
+        own = {key: fsdp.full_tensor(state[key]) for key in MOMENTS if key in state}
+        return fsdp.full_tensor(parameter), own
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     weight = cast(Tensor, safe_get_full_fp32_param(parameter))
@@ -115,10 +117,10 @@ def _write(
     runtime: Runtime, optimizer: Any, parameter: nn.Parameter, weight: Tensor, moments: Mapping[str, Tensor]
 ) -> None:
     if not runtime.deepspeed:
-        parameter.copy_(weight)
+        parameter.copy_(fsdp.share_of(weight, parameter))
         if moments:
             step = torch.tensor(0.0)
-            own = {key: value.to(parameter.device, copy=True) for key, value in moments.items()}
+            own = {key: fsdp.share_of(value, parameter) for key, value in moments.items()}
             _base(optimizer).state[parameter] = {"step": step, **own}
         return
     import deepspeed

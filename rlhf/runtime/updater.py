@@ -19,6 +19,7 @@ from rlhf.models.layout import Cost, Layout, plain_rows
 from rlhf.models.policy import token_stats
 from rlhf.models.reference import Reference
 from rlhf.rollout import TokenBatch
+from rlhf.runtime import fsdp
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.microbatches import Collected, Microbatch, Microbatches, split
 
@@ -90,7 +91,7 @@ class Limit(Protocol):
 
 @dataclass(frozen=True)
 class Updater:
-    """AdamW (or any torch optimizer) over microbatches, on one process, DDP or DeepSpeed.
+    """AdamW (or any torch optimizer) over microbatches, on one process, DDP, DeepSpeed or FSDP2.
 
     learning_rate: optimizer step (1-based) → lr. A pure function, so a resumed run needs no scheduler state and a
     launcher cannot step it twice. max_grad_norm: global norm; None = no clipping.
@@ -156,7 +157,7 @@ class Updater:
         stats = forward(self.model, microbatch.batch, term.objective)
         sums = term.objective.loss_sum(stats, microbatch.batch)
         total = torch.stack(list(sums.values())).sum()
-        # DDP and ZeRO average gradients over ranks; the global count asks for their sum.
+        # DDP, ZeRO and FSDP2 average gradients over ranks; the global count asks for their sum.
         scale = 0.0 if microbatch.filler else term.coefficient * self.runtime.world_size / count.item()
         self._backward(total * scale)
         weight = 0.0 if microbatch.filler else term.coefficient
@@ -170,7 +171,7 @@ class Updater:
 
     @contextlib.contextmanager
     def _sync(self, last: bool) -> Iterator[None]:
-        """Gradients meet at the last microbatch only."""
+        """Gradients meet at the last microbatch only; under FSDP2 at each, for only shares of them are kept."""
         if self.runtime.deepspeed:
             cast(Any, self.model).set_gradient_accumulation_boundary(is_boundary=last)
             yield
@@ -187,7 +188,10 @@ class Updater:
         if self.limit is not None:
             self.limit.remember()
         limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(self._with_gradient(), limit))
+        trained = self._with_gradient()
+        total = fsdp.full_tensor(torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in trained]))
+        torch.nn.utils.clip_grads_with_norm_(trained, limit, total)
+        norm = float(total)
         applied = norm < float("inf")  # False for inf and NaN; the norm is the same on every rank
         if applied:
             self.optimizer.step()

@@ -239,7 +239,6 @@ def test_a_server_decodes_a_step_ahead(recipe: str, sft: Path, objective: str, m
         assert shares[0] == pytest.approx(1.0, abs=1e-5) and shares[1] < 0.999
 
 
-<<<<<<< HEAD
 def test_each_run_pushes_through_a_folder_of_its_own(
     recipe: str, sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +255,8 @@ def test_each_run_pushes_through_a_folder_of_its_own(
         "tiny-reinforce-3",
         "tiny-reinforce-4",
     ]
-=======
+
+
 @dataclass
 class Stuck(Copy):
     """Never gives an answer beyond the first ``rows``, until it is let go."""
@@ -284,4 +284,3 @@ def test_a_stop_does_not_wait_for_the_server_that_decodes_ahead(recipe: str, sft
         finally:
             engine.let_go.set()
     assert done.returncode == ExitCode.PREEMPTED and engine.reached > 16
->>>>>>> 899fdfb (A stopped run leaves at once: calls to servers run in threads that do not hold up the end; rollout.url is checked like other servers' addresses)

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.locate import accelerate_config_file, shipped_accelerate_configs
-from rlhf.planning.placement import BUCKET, Placement, held, read_placement
+from rlhf.planning.placement import BUCKET, Placement, Units, held, read_placement
 
 FOUR = Placement(kind="zero2", processes=4, bucket=10, live=300)
 
@@ -46,6 +46,14 @@ def test_zero_in_float32_has_masters_of_its_own(kind: str) -> None:
     assert held(FOUR.at(kind), 0, 800, 100, low=False).optimizer == (4 + 8) * 200  # type: ignore[arg-type]
 
 
+def test_fsdp2_keeps_float32_shares_and_gathers_two_layers() -> None:
+    """800 weights, 100 in each layer and 300 beside them."""
+    found = held(FOUR.at("fsdp2"), 0, 800, 100, low=True, units=Units(layer=100, rest=300))
+    assert (found.weights, found.optimizer, found.gradients) == (4 * 200, 8 * 200, 4 * 200)
+    assert (found.gathered, found.whole) == (2 * 500, 2 * 800)
+    assert found.buckets == (2 + 4) * 100  # a layer's gradient, and its float32 copy on the way
+
+
 def test_frozen_weights_have_neither_gradient_nor_moments() -> None:
     found = held(FOUR, 800, 40, 10, low=True)
     assert (found.weights, found.optimizer, found.gradients) == (2 * 840, 12 * 10, 2 * 10)
@@ -80,7 +88,8 @@ def test_a_deepspeed_file_is_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("distributed_type: FSDP", "FSDP is not planned for"),
+        ("distributed_type: FSDP", "only fsdp_version 2"),
+        ("distributed_type: MEGATRON_LM", "MEGATRON_LM is not planned for"),
         ("distributed_type: 'NO'", "starts one process, and there are 8 GPUs"),
         ("- a list", "not a configuration"),
     ],

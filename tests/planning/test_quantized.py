@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
-from rlhf.assemble.models import refuse_quantized_shards
+from rlhf.assemble.models import refuse_what_needs_whole_weights
 from rlhf.errors import UserError
 from rlhf.models.load import load_causal_lm
 from rlhf.models.quantized import Bits, Quantization, held_bytes
@@ -96,11 +97,13 @@ def test_shards_of_quantized_weights_are_refused(tmp_path: Path) -> None:
         "'json:loads'}]}\npolicy: {path: google/gemma-2-2b-it, lora: {}, quantize: 4bit}\n"
     )
     recipe = load_recipe(str(file))
-    with pytest.raises(UserError, match="ZeRO-3 cuts weights into shares"):
-        plan_of(recipe, Options(gpus=8, memory="80GiB", accelerate="zero3"), tmp_path)
+    for name in ("zero3", "fsdp2"):
+        with pytest.raises(UserError, match="ZeRO-3 and FSDP2 cut weights into shares"):
+            plan_of(recipe, Options(gpus=8, memory="80GiB", accelerate=name), tmp_path)
     assert plan_of(recipe, Options(gpus=8, memory="80GiB", accelerate="zero2"), tmp_path).setup.bits == "4bit"
     small = plan_of(recipe, Options(gpus=8, memory="4GiB"), tmp_path)  # chosen here: ZeRO-3 is not tried
     assert not small.fits and small.setup.placement.kind == "zero2"
-    runtime = Runtime(accelerator=None, kind="zero3", device=torch.device("cpu"))
-    with pytest.raises(UserError, match="ZeRO-3 cuts weights into shares"):
-        refuse_quantized_shards(recipe, runtime)
+    for name in ("zero3", "fsdp2"):
+        runtime = Runtime(accelerator=None, kind=cast(Any, name), device=torch.device("cpu"))
+        with pytest.raises(UserError, match="ZeRO-3 and FSDP2 cut weights into shares"):
+            refuse_what_needs_whole_weights(recipe, runtime)

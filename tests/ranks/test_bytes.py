@@ -1,4 +1,4 @@
-"""Under ZeRO-3 each of two ranks holds half of everything, the reward model included."""
+"""Under ZeRO-3 and FSDP2 each of two ranks holds half of everything, the reward model included."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.ranks
 @pytest.mark.slow  # two processes that import everything, to count
-def test_each_rank_holds_half(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["cpu_zero3", "cpu_fsdp2"])
+def test_each_rank_holds_half(config: str, tmp_path: Path) -> None:
     """Counted on the shards themselves; all are float32, so elements stand for bytes. 5 %: shares are padded."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command = [*launcher, str(ROOT / "accelerate_configs" / "cpu_zero3.yaml"), "-m", "tests.ranks.bytes_worker"]
+    command = [*launcher, str(ROOT / "accelerate_configs" / f"{config}.yaml"), "-m", "tests.ranks.bytes_worker"]
     out = tmp_path / "facts.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""One process, two DDP ranks, ZeRO-2 and ZeRO-3 on two CPU ranks take the same step on the same global batch."""
+"""One process, two DDP ranks, ZeRO-2, ZeRO-3 and FSDP2 on two CPU ranks take the same step on the same global batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = {"ddp": "cpu_2ranks", "zero2": "cpu_zero2", "zero3": "cpu_zero3"}
+CONFIGS = {"ddp": "cpu_2ranks", "zero2": "cpu_zero2", "zero3": "cpu_zero3", "fsdp2": "cpu_fsdp2"}
 
 
 def run(out: Path, config: str | None, estimator: str) -> Path:
@@ -51,7 +51,7 @@ def vector(path: Path, suffix: str = "") -> Tensor:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_two_ranks_take_the_step_of_one(kind: str, single: tuple[Path, str], tmp_path: Path) -> None:
     alone, estimator = single
     got = run(tmp_path / "out", CONFIGS[kind], estimator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -51,6 +52,12 @@ CASES: dict[str, dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
         "shared-prompts": ("rloo", ("rollout.samples_per_prompt=8", "batch.share_prompts=true"), ()),
     },
     "cpu_zero1": {"ppo": ("ppo", (), ())},
+    "cpu_fsdp2": {
+        "ppo": ("ppo", (), ()),
+        "shared-critic": ("ppo", ("value.shared=true", "ppo.whiten_rewards=true"), ()),
+        "dpo": ("dpo", (), ()),
+        "lora": ("rloo", LORA, (RECOMPUTE,)),
+    },
 }
 
 
@@ -90,3 +97,16 @@ def test_two_ranks_end_where_one_does(config: str, name: str, finished: Callable
     folder, objective = finished(config), CASES[config][name][0]
     alone, both = (start.weights(folder, f"{kind}-{name}", objective) for kind in ("alone", "both"))
     assert start.apart(alone, both) <= 1e-5
+
+
+@pytest.mark.ranks
+@pytest.mark.slow  # two processes that import everything, for one number
+def test_fsdp2_in_bfloat16_takes_the_same_gradient(tmp_path: Path) -> None:
+    """Norms and their weights are rounded too, where autocast keeps them float32: 8 bits each, over sums."""
+    start.write(tmp_path, RECIPE)
+    norms = []
+    for config in ("cpu", "cpu_fsdp2"):
+        start.trained(tmp_path, f"bf16-{config}", "rloo", "policy.compute_dtype=bfloat16", "--accelerate", config)
+        text = (tmp_path / "runs" / f"bf16-{config}-rloo" / "metrics.jsonl").read_text(encoding="utf-8")
+        norms.append(next(row["optim/grad_norm"] for row in map(json.loads, text.splitlines()) if row["step"] == 1))
+    assert norms[1] == pytest.approx(norms[0], rel=5e-3)

@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("config", ["cpu_zero2", pytest.param("cpu_2ranks", marks=pytest.mark.slow)])  # DDP: the same
+@pytest.mark.parametrize(
+    "config", ["cpu_zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu_2ranks", "cpu_fsdp2"))]
+)  # the others: the same
 def test_models_in_shares_score_as_whole_ones(config: str, folder: Path) -> None:
     alone = trained(folder, "alone", "rloo")
     both = trained(folder, f"shares-{config}", "rloo", *SHARES, "--accelerate", config)

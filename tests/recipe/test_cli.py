@@ -198,6 +198,8 @@ def test_accelerate_configurations_are_found_and_hold_no_hyper_parameter() -> No
         "cpu_2nodes",
         "cpu_zero2",
         "cpu_zero3",
+        "cpu_fsdp2",
+        "fsdp2",
         "single_gpu",
         "ddp",
         "zero1",
@@ -214,6 +216,7 @@ def test_accelerate_configurations_are_found_and_hold_no_hyper_parameter() -> No
         assert file.read_text(encoding="utf-8").startswith("# "), f"{name} says when to use it"
         assert settings["use_cpu"] == name.startswith("cpu")
         assert (settings["distributed_type"] == "DEEPSPEED") == ("zero" in name)
+        assert (settings["distributed_type"] == "FSDP") == ("fsdp2" in name)
         deepspeed = settings.get("deepspeed_config", {})
         assert deepspeed.get("gradient_accumulation_steps", 1) == 1  # the recipe derives it
         forbidden = {"gradient_clipping", "train_batch_size", "optimizer", "train_micro_batch_size_per_gpu"}
