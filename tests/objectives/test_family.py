@@ -189,7 +189,8 @@ def test_the_share_of_completions_that_still_count() -> None:
     assert found["policy/importance_cut_rate"] == 0 and found["optim/updates"] == 2
     assert found["policy/effective_sample_share"] == pytest.approx(64 / 88, rel=1e-6)
     assert (found["policy/loss"], found["optim/lr"]) == (2.0, 0.2)
-    assert "policy/effective_sample_share" not in passes.metrics(updates[:1], Reinforce(), None, Alone())
+    once = [passes.Update(replace(rollout, old_logprobs=None), report)]  # one update, by the policy that sampled
+    assert "policy/effective_sample_share" not in passes.metrics(once, Reinforce(), None, Alone())
 
 
 # --- RAFT ------------------------------------------------------------------------------------------------------------

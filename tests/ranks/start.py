@@ -32,16 +32,22 @@ def write(place: Path, recipe: str) -> None:
 def trained(folder: Path, name: str, objective: str, *more: str) -> torch.Tensor:
     """All trained weights of the last checkpoint of a run by ``rlhf train``, which may be given ``--accelerate``."""
     command = ["-m", "rlhf", "train", "recipe.yaml", f"run.name={name}", f"objective={objective}", *more]
-    _run(folder, [sys.executable, *command])
+    run(folder, [sys.executable, *command])
     return weights(folder, name, objective)
 
 
 def train_several(folder: Path, config: Path | None, runs: Sequence[Sequence[str]]) -> None:
     """Runs with these overrides one after the other, in one launch. config: of accelerate; None = one process."""
-    launcher = [sys.executable]
-    if config is not None:
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-    _run(folder, [*launcher, str(ROOT / "tests" / "ranks" / "several.py"), json.dumps([list(each) for each in runs])])
+    script = str(ROOT / "tests" / "ranks" / "several.py")
+    run(folder, [*launched(config), script, json.dumps([list(each) for each in runs])])
+
+
+def launched(config: Path | None) -> list[str]:
+    """What stands before a script that accelerate starts in several processes; None = Python alone, in one."""
+    if config is None:
+        return [sys.executable]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return [*launcher, "--main_process_port", "0"]
 
 
 def weights(folder: Path, name: str, objective: str) -> torch.Tensor:
@@ -56,7 +62,8 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((other - one).norm() / one.norm())
 
 
-def _run(folder: Path, command: Sequence[str]) -> None:
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+def run(folder: Path, command: Sequence[str], **environment: str) -> None:
+    """In ``folder``; fails with the end of what it said."""
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

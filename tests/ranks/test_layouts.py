@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,34 +11,29 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = {"ddp": "cpu_2ranks", "zero2": "cpu_zero2", "zero3": "cpu_zero3", "fsdp2": "cpu_fsdp2"}
+from . import start
+
+CONFIGS = {"single": None, "ddp": "cpu_2ranks", "zero2": "cpu_zero2", "zero3": "cpu_zero3", "fsdp2": "cpu_fsdp2"}
+ESTIMATORS = ("k1", "exact")
 
 
-def run(out: Path, config: str | None, estimator: str) -> Path:
-    out.mkdir(parents=True)
-    launcher = [sys.executable]
-    if config is not None:
-        path = ROOT / "accelerate_configs" / f"{config}.yaml"
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
-        launcher += ["--main_process_port", "0"]
-    command = [*launcher, str(ROOT / "tests" / "ranks" / "worker.py"), str(out), estimator]
-    compiled = out.parent / "compiled"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "TORCH_EXTENSIONS_DIR": str(compiled),
-    }
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert not compiled.exists()  # a compilation that is killed leaves a lock at which later starts would hang
-    return out
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """kind of ``CONFIGS`` → what its processes wrote, a folder an estimator."""
 
+    @cache
+    def folder(kind: str) -> Path:
+        out = tmp_path_factory.mktemp(kind)
+        for estimator in ESTIMATORS:
+            (out / estimator).mkdir()
+        compiled, config = out / "compiled", CONFIGS[kind]
+        command = start.launched(None if config is None else start.CONFIGS / f"{config}.yaml")
+        script = str(start.ROOT / "tests" / "ranks" / "worker.py")
+        start.run(out, [*command, script, str(out), *ESTIMATORS], TORCH_EXTENSIONS_DIR=str(compiled))
+        assert not compiled.exists()  # a compilation that is killed leaves a lock at which later starts would hang
+        return out
 
-@pytest.fixture(scope="module", params=["k1", "exact"])
-def single(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    return run(tmp_path_factory.mktemp("single") / "out", None, request.param), request.param
+    return folder
 
 
 def vector(path: Path, suffix: str = "") -> Tensor:
@@ -51,20 +45,18 @@ def vector(path: Path, suffix: str = "") -> Tensor:
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_two_ranks_take_the_step_of_one(kind: str, single: tuple[Path, str], tmp_path: Path) -> None:
-    alone, estimator = single
-    got = run(tmp_path / "out", CONFIGS[kind], estimator)
+def test_two_ranks_take_the_step_of_one(kind: str, estimator: str, ran: Callable[[str], Path]) -> None:
+    alone, got = ran("single") / estimator, ran(kind) / estimator
     assert (got / "kind").read_text() == f"{kind} 2"
     one, two = load_file(alone / "facts.safetensors"), load_file(got / "facts.safetensors")
     assert torch.equal(one["lr"], two["lr"])
     assert bool((two["microbatches"] == 2).all())  # rank 0 needs one of its own; the other is a filler
     # after one step Adam's first moment is (1 − β₁) times the clipped gradient: the gradient itself, every layout
     gradient = vector(alone / "step1.safetensors", ".exp_avg")
-    drift = vector(got / "step1.safetensors", ".exp_avg") - gradient
-    assert float(drift.norm() / gradient.norm()) <= 1e-6
-    weights = vector(alone / "step5.safetensors")
-    assert float((vector(got / "step5.safetensors") - weights).norm() / weights.norm()) <= 1e-5
+    assert start.apart(gradient, vector(got / "step1.safetensors", ".exp_avg")) <= 1e-6
+    assert start.apart(vector(alone / "step5.safetensors"), vector(got / "step5.safetensors")) <= 1e-5
     torch.testing.assert_close(two["norm"], one["norm"], rtol=1e-5, atol=0)
     torch.testing.assert_close(two["loss"], one["loss"], rtol=0, atol=1e-5)
     assert (got / "resumed").read_text() == "same" == (alone / "resumed").read_text()

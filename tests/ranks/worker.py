@@ -1,8 +1,10 @@
-"""Run by every rank of tests/ranks/test_layouts.py: five updates on one fixed global batch, written down by rank 0."""
+"""Run by every rank of tests/ranks/test_layouts.py: five updates on one fixed global batch, written down by rank 0; for
+each estimator of the KL, in a folder of its name."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +24,14 @@ STEPS, PROMPTS, K = 5, 4, 4
 BUDGET = 95  # tokens: 8 rows of 11 fit, 8 of 13 do not
 
 
-def main(out: Path, estimator: str) -> None:
+def main(out: Path, estimators: Sequence[str]) -> None:
     torch.set_num_threads(1)
     runtime = distributed.start(max_grad_norm=1.0, compute_dtype=torch.float32)
+    for estimator in estimators:
+        train(runtime, out / estimator, estimator)
+
+
+def train(runtime: distributed.Runtime, out: Path, estimator: str) -> None:
     # small tiles, so that the head has several of them
     policy, reference = policy_and_reference(chunk_bytes=5 * 4 * 300)
     if runtime.world_size > 1 and estimator == "exact":  # one process keeps its activations: the step is the same
@@ -82,4 +89,4 @@ def resume(runtime, model, wrapped, updater, objective, prepared, out: Path) -> 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])
