@@ -6,8 +6,8 @@
 One tiny Gemma (hidden 128, 4 layers, vocabulary 4,096, random weights, fp32), 16 prompts × 4 completions unless said.
 The first two draw the same tokens from the same noise; where they do not, the script exits with 1. vLLM draws its own,
 so its completions have other lengths. It is timed without its push and check, in a process and with packages of its own
-(those that its build asks for; older ones of transformers slow our loop down). A random model hardly ever stops, so for
-variable lengths 400 of its 4,096 tokens count as stop tokens.
+(those that its build asks for). A random model hardly ever stops, so for variable lengths 400 of its 4,096 tokens count
+as stop tokens.
 Medians over rounds of the ratio within a round; machines are noisy, rounds see the same noise.
 
 Writes results/decode.json.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from rlhf.models import masks
 from rlhf.rollout import pad_rows
 from rlhf.sampling.completions import Each
+from rlhf.sampling.packed import one_token
 from rlhf.sampling.slots import Captured, Slots
 
 # (logits [n, V], rows [n], positions [n]) → tokens [n], log-probabilities [n]
@@ -65,8 +67,9 @@ class DecodeLoop:
             if slots.rows:
                 logits = self._step(tokens, slots)
                 tokens, done = state.draw(self.choose, logits, rows)
-                order = slots.release(done)
-                rows, tokens = rows[order], tokens[order]
+                if bool(done.any()):
+                    order = slots.release(done)
+                    rows, tokens = rows[order], tokens[order]
         return Decoded(state.ids, state.logprobs, state.lengths, state.finished)
 
     def _size(self, rows: int, width: int) -> int:
@@ -134,13 +137,15 @@ class DecodeLoop:
         """Final hidden states. distance [·, 1, q, k]: how far before its query a key stands; behind it, negative."""
         decoder = getattr(self.lm, self.lm.base_model_prefix)
         kind: Any = type(decoder)
-        found = decoder(
-            input_ids=ids,
-            attention_mask=masks.masks(self.lm, distance >= 0, distance),
-            position_ids=positions,
-            use_cache=True,
-            **{_cache_argument(kind): cache},
-        )
+        seen = masks.masks(self.lm, distance >= 0, distance)
+        with one_token(self.lm.config.get_text_config()) if ids.shape[1] == 1 else nullcontext():
+            found = decoder(
+                input_ids=ids,
+                attention_mask=seen,
+                position_ids=positions,
+                use_cache=True,
+                **{_cache_argument(kind): cache},
+            )
         hidden: Tensor = found.last_hidden_state
         return hidden
 

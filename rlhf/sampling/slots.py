@@ -37,6 +37,7 @@ class Slots:
         self.size, self.width, self.rows, self.used = size, width, 0, 0
         self.lengths = torch.zeros(size, dtype=torch.long, device=device)
         self.places = torch.arange(size, device=device)
+        self.written = self.places  # of a step: where its columns lie, row by row and head by head
         self.layers: list[Layer] = []
 
     def admit(self, captured: Captured, source: Tensor, lengths: Tensor) -> None:
@@ -58,14 +59,17 @@ class Slots:
         """Before a step: (the column that each row's token will fill [rows], how many columns attention will see)."""
         lengths = self.lengths[: self.rows]
         self.used = int(lengths.max()) + 1
+        heads = self.layers[0][0].shape[1]
+        place = self.places[: self.rows, None] * heads + torch.arange(heads, device=lengths.device)
+        self.written = (place * self.width + lengths[:, None]).flatten()
         return lengths, self.used
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> Layer:
         """Writes one column a row; returns everything up to it, [rows, H, used, D]."""
-        rows, columns = self.places[: self.rows], self.lengths[: self.rows]
         found = []
         for buffer, new in zip(self.layers[layer], (keys, values), strict=True):
-            buffer[rows, :, columns] = new[:, :, 0]
+            flat = buffer.view(-1, buffer.shape[3])
+            flat.index_copy_(0, self.written, new.reshape(-1, buffer.shape[3]))
             found.append(buffer[: self.rows, :, : self.used])
         return found[0], found[1]
 

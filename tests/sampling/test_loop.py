@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.models import masks
 from rlhf.models.chat import render_prompt
-from rlhf.models.scratch import STOP_IDS
+from rlhf.models.scratch import STOP_IDS, build_causal_lm, build_config
 from rlhf.rollout import Group, Prompt, Rollout
 from rlhf.sampling.loop import DecodeLoop
 from rlhf.sampling.slots import Captured, Slots
@@ -76,6 +77,45 @@ def test_it_tells_of_every_prompt_once_and_of_some_before_others(plain: bool) ->
     assert plain or [group.slot for group in told] != list(range(7, 19))
     draw.greedy(tiny(), MANY, range(12), 1)
     assert len(told) == 12
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("gemma", "eager"), ("gemma", "sdpa"), ("gemma2", "eager"), ("gemma3", "eager"), ("gemma3", "sdpa")],
+)
+def test_query_heads_that_share_a_key_head(family: str, key_heads: int, attention: str) -> None:
+    """4 query heads, in groups of 4 or 2, also with Gemma 2's bounded scores, which sdpa has no means for."""
+    sizes: dict[str, Any] = {"layers": 2, "hidden_size": 32, "vocab_size": len(TOKENIZER), "sliding_window": 8}
+    config = build_config(family, heads=4, kv_heads=key_heads, **sizes)
+    config._attn_implementation = attention
+    model = build_causal_lm(config, seed=0)
+    if family == "gemma2":
+        config.attn_logit_softcapping = 0.5  # bounds what a tiny model scores, too
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = 0.5
+    settings: dict[str, Any] = {"stop_ids": STOPS, "max_new_tokens": 24}
+    found = [sampler(plain=plain, **settings).sample(model, MANY, range(12), 1) for plain in (True, False)]
+    assert_equal(*found)
+    assert config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(("name", "softcap"), [("sdpa", None), ("eager", None), ("eager", 0.7)])
+def test_packed_attention_by_repeating_keys(name: str, softcap: float | None) -> None:
+    """3 rows, 6 query heads on 2 key heads, 5 columns of which the first row sees two."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(3, heads, length, 4, generator=generator) for heads, length in ((6, 1), (2, 5), (2, 5))
+    )
+    allowed = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)[:, None, None]
+    added = torch.zeros(3, 1, 1, 5).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    scores = query @ key.repeat_interleave(3, 1).transpose(2, 3) * 0.3
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value.repeat_interleave(3, 1)
+    attend = ALL_ATTENTION_FUNCTIONS[f"rlhf_{name}_one_token"]
+    mask = allowed if name == "sdpa" else added
+    found, _ = attend(torch.nn.Module(), query, key, value, mask, scaling=0.3, softcap=softcap)
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=0, atol=1e-6)  # sums in another order
 
 
 def test_a_prompt_is_read_once_for_all_its_completions(monkeypatch: pytest.MonkeyPatch) -> None:
