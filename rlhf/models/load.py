@@ -104,10 +104,13 @@ def refuse_adapter(path: str, what: str) -> None:
 
 def _with_adapter(model: nn.Module, folder: str) -> Any:
     """The base model with the folder's adapter merged into its weights, and the folder's stop ids."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import GenerationConfig
 
-    merged: Any = PeftModel.from_pretrained(cast(Any, model), folder).merge_and_unload().requires_grad_(True)
+    config = PeftConfig.from_pretrained(folder)
+    config.task_type = None  # a language model's adapter, also in a classifier with the same trunk
+    merged: Any = PeftModel.from_pretrained(cast(Any, model), folder, config=config).merge_and_unload()
+    merged.requires_grad_(True)
     if (Path(folder) / "generation_config.json").is_file():
         merged.generation_config = GenerationConfig.from_pretrained(folder)
     return merged
@@ -115,18 +118,20 @@ def _with_adapter(model: nn.Module, folder: str) -> Any:
 
 def load_classifier(path: str, seed: int, *, attention: str = "auto") -> nn.Module:
     """A sequence classifier with one label on the trunk found at ``path``. A head that is not in the checkpoint (a
-    causal LM's) is drawn from N(0, 1/√(d+1)) (Stiennon et al. 2020), bias 0.
+    causal LM's) is drawn from N(0, 1/√(d+1)) (Stiennon et al. 2020), bias 0. An adapter's folder gives its base with the
+    adapter added to it, as in ``load_causal_lm``.
 
     Raises UserError where the trunk cannot be loaded whole.
     """
     from transformers import AutoModelForSequenceClassification
 
     kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    base = base_of_adapter(path)
+    kwargs |= {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True, "use_safetensors": True}
     try:
         with torch.random.fork_rng(devices=[]):
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=1, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **kwargs
-            )
+            model, info = AutoModelForSequenceClassification.from_pretrained(base or path, **kwargs)
+            model = _with_adapter(model, path) if base is not None else model
     except (OSError, ValueError) as error:
         raise UserError(f"policy.path={path}: no classifier could be built on it ({_first_line(error)})") from error
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("score."))

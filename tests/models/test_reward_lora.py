@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf.data.examples import Preference
-from rlhf.models.load import LoraSpec, add_lora, export, load_classifier
+from rlhf.models.load import LoraSpec, add_lora, export, load_causal_lm, load_classifier
 from rlhf.models.scalar import ScalarModel, scalar_forward, scalar_stats
 from rlhf.models.scratch import build_causal_lm, build_config, train_tokenizer
 from rlhf.objectives.supervised import BradleyTerry
@@ -85,3 +85,22 @@ def test_only_the_adapter_and_the_head_are_trained(folder: str) -> None:
     assert {"lora_" in name or "score.modules_to_save" in name for name in names} == {True}
     assert sum("score" in name for name in names) == 1  # the head in full, and no adapter on it
     assert sum("lora_A" in name for name in names) == 2 * 7  # two layers of seven linear maps
+
+
+def test_a_classifier_starts_from_an_adapters_folder_as_from_the_merged_model(folder: str, tmp_path: Path) -> None:
+    """``final/`` of a LoRA run: its trunk has plain weights, the adapter in them, and all of them can be trained."""
+    lm: Any = add_lora(load_causal_lm(folder), LoraSpec(r=4, alpha=8.0), 3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    export(lm, TOKENIZER, tmp_path / "sft", stop_ids=(1, 5), card="")
+    found: Any = load_classifier(str(tmp_path / "sft"), seed=1)
+    merged: Any = load_causal_lm(str(tmp_path / "sft"))
+    trunk = {name: value for name, value in found.state_dict().items() if not name.startswith("score.")}
+    expected = {name: value for name, value in merged.state_dict().items() if name != "lm_head.weight"}
+    assert trunk.keys() == expected.keys() and all(torch.equal(trunk[name], expected[name]) for name in trunk)
+    assert all(parameter.requires_grad for parameter in found.parameters())
+    plain: Any = load_classifier(folder, seed=1)
+    assert torch.equal(found.score.weight, plain.score.weight)  # a head is a function of the seed
