@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from rlhf.assemble.job import Job
 from rlhf.errors import UserError
 from rlhf.interfaces import Ended, PolicyObjective, Sampler
 from rlhf.locate import named_code
+from rlhf.models.adapters import TrunkClassifier
 from rlhf.models.chat import Dialogue, stop_ids
 from rlhf.models.layout import Layout
 from rlhf.models.reference import AdapterOffReference, MovingReference, Reference
@@ -170,16 +171,20 @@ def build(recipe: Recipe, session: Session) -> Job:
     """Data first, models after it: nothing is loaded for a run that cannot start."""
     runtime = session.runtime
     models.refuse_what_needs_whole_weights(recipe, runtime)
+    rewards.refuse_other_bases(recipe, runtime)
     own = runtime.share(recipe.batch.prompts_per_step, "prompts")
     tokenizer = models.tokenizer_of(recipe)
     train_prompts, held_out = data.train_and_eval(data.prompts, recipe, session.note, tokenizer)
     mixed = _instruction_rows(recipe, tokenizer, session.note)
     steps = recipe.run.steps or math.ceil(len(train_prompts) / recipe.batch.prompts_per_step)
-    scores = rewards.reward_set(recipe, runtime, session.note, steps=steps)
+    causal_lm = cache(
+        partial(models.causal_lm, recipe, tokenizer, runtime.device)
+    )  # before the rewards only where they lie on it
+    scores = rewards.reward_set(recipe, runtime, session.note, steps=steps, policy=causal_lm)
     judges = rewards.with_judges(recipe, runtime, scores, session.note, steps=steps)
     goal = objective(recipe)
     _minibatches_have_prompts(goal, own)
-    lm = models.causal_lm(recipe, tokenizer, runtime.device)
+    lm = causal_lm()
     critic = models.critic(recipe, tokenizer, lm, session.note) if "values" in goal.needs else None
     policy = models.scored(recipe, runtime, lm, critic)
     _say_where_the_judge_is_the_smaller(session, scores, policy)
@@ -244,7 +249,7 @@ def _minibatches_have_prompts(goal: PolicyObjective, own: slice) -> None:
 def _say_where_frozen_models_lie(recipe: Recipe, session: Session) -> None:
     """Those that are not whole on every process."""
     own = recipe.policy.lora is None or recipe.reference.path is not None  # else it is the policy without its adapter
-    asked = [("reference", recipe.reference.placement)] if own else []
+    asked: list[tuple[str, str]] = [("reference", recipe.reference.placement)] if own else []
     asked += [
         (f"reward model {short_name(entry.path)}", entry.placement) for entry in recipe.reward.models if entry.path
     ]
@@ -253,11 +258,15 @@ def _say_where_frozen_models_lie(recipe: Recipe, session: Session) -> None:
             session.note(f"{name}: in shares over {session.runtime.world_size} processes (ZeRO-3)")
         if how == "offload" and session.runtime.device.type != "cpu":
             session.note(f"{name}: in host memory while it is idle")
+        if how == "policy_base":
+            session.note(f"{name}: an adapter and a head on the policy's base weights")
 
 
 def _say_where_the_judge_is_the_smaller(session: Session, rewards: RewardSet, policy: torch.nn.Module) -> None:
     own = models.parameters(policy)
     for source, _ in rewards.models:
+        if isinstance(source, RewardModel) and isinstance(source.model, TrunkClassifier):
+            continue  # the same base
         if isinstance(source, RewardModel) and (size := models.parameters(source.model)) < own:
             session.note(
                 f"remark: reward model {source.name} has {size:,} parameters and the policy {own:,}; a smaller reward "

@@ -6,16 +6,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from rlhf.assemble import models
+from rlhf.errors import UserError
 from rlhf.interfaces import Reward
 from rlhf.locate import named_code
+from rlhf.models import adapters
 from rlhf.recipe import Recipe
 from rlhf.recipe.reading import reward_sources
-from rlhf.recipe.sections import RewardSource
+from rlhf.recipe.sections import RewardModel, RewardSource
 from rlhf.recipe.servers import addresses, token_of
 from rlhf.rewards.combine import RewardSet
 from rlhf.rewards.functions import FunctionReward
 from rlhf.rewards.model import load_reward_model
+from rlhf.rewards.policy_base import reward_model_beside
 from rlhf.runtime.distributed import Runtime
 
 if TYPE_CHECKING:
@@ -23,15 +28,31 @@ if TYPE_CHECKING:
     from rlhf.rewards.server import ServerReward
 
 Note = Callable[[str], None]
+Base = Callable[[], nn.Module]
 
 
-def reward_set(recipe: Recipe, runtime: Runtime, note: Note, *, steps: int) -> RewardSet:
-    """Every reward source with its weight."""
+def refuse_other_bases(recipe: Recipe, runtime: Runtime) -> None:
+    """Before anything is loaded: raises UserError where a reward model cannot lie on the policy's base."""
+    for index, entry in enumerate(recipe.reward.models):
+        if entry.placement != "policy_base":
+            continue
+        key = f"reward.models.{index}"
+        if runtime.sharded:
+            raise UserError(
+                f"{key}.placement=policy_base: under ZeRO-3 the policy's weights are in shares, which all processes "
+                "gather at once, and they score different numbers of texts; use ZeRO-2, or set placement: zero3"
+            )
+        assert entry.path is not None and recipe.policy.path is not None
+        adapters.refuse_another_base(entry.path, recipe.policy.path, f"{key}.path")
+
+
+def reward_set(recipe: Recipe, runtime: Runtime, note: Note, *, steps: int, policy: Base | None = None) -> RewardSet:
+    """Every reward source with its weight. policy: gives the one whose base reward models may lie on."""
     settings = recipe.reward
     overlong = settings.overlong
     return RewardSet(
         models=[
-            (reward_model(recipe, runtime, f"reward.models.{index}", entry, note), entry.weight)
+            (_trained_on(recipe, runtime, index, entry, note, policy), entry.weight)
             for index, entry in enumerate(settings.models)
         ],
         functions=[reward_function(entry.call, entry.weight, steps=steps) for entry in settings.functions],
@@ -50,6 +71,22 @@ def with_judges(recipe: Recipe, runtime: Runtime, trained: RewardSet, note: Note
     ]
     functions = [reward_function(call, 0.0, steps=steps) for call in recipe.eval.functions]
     return replace(trained, models=[*trained.models, *judges], functions=[*trained.functions, *functions])
+
+
+def _trained_on(
+    recipe: Recipe, runtime: Runtime, index: int, entry: RewardModel, note: Note, policy: Base | None
+) -> Reward:
+    """A reward model of the reward; beside the policy where it is to lie on its base."""
+    if entry.placement != "policy_base":
+        return reward_model(recipe, runtime, f"reward.models.{index}", entry, note)
+    assert entry.path is not None and policy is not None, "a rule of the recipe"
+    return reward_model_beside(
+        entry.path,
+        policy().to(runtime.device),
+        adapter=f"reward_{index}",
+        compute_dtype=models.compute_dtype(recipe),
+        microbatch_tokens=entry.microbatch_tokens or recipe.batch.microbatch_tokens,
+    )
 
 
 def reward_model(recipe: Recipe, runtime: Runtime, key: str, entry: RewardSource, note: Note) -> Reward:

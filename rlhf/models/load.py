@@ -214,7 +214,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     base = base_model(model)
     adapted: dict[str, Any] = {
-        f"{name}.weight": module for name, module in base.named_modules() if hasattr(module, "get_delta_weight")
+        f"{name}.weight": module for name, module in base.named_modules() if "default" in getattr(module, "lora_A", ())
     }
     for key, value in base.state_dict().items():
         if ".lora_" in key or ".original_module." in key:
@@ -264,7 +264,8 @@ def export(
     generation = getattr(model, "generation_config", None)
     if generation is not None and stop_ids:
         generation.eos_token_id = list(stop_ids)
-    cast(Any, model).save_pretrained(staging, state_dict=_stored(model, state))
+    own = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}  # and no reward model's beside it
+    cast(Any, model).save_pretrained(staging, state_dict=_stored(model, state), **own)
     if not merge and hasattr(model, "peft_config"):
         _complete_adapter(model, staging)
     tokenizer.save_pretrained(staging)

@@ -16,7 +16,7 @@ from rlhf.errors import UserError
 
 # What says which texts a token id stands for, and how many there are: averages over different ones mean nothing.
 _SAME = ("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num_labels")
-_NOT_COPIED = ("*.safetensors", "*.bin", "*.pt", "README.md")
+_NOT_COPIED = ("*.safetensors", "*.bin", "*.pt", "README.md", "adapter")  # an average is no adapter
 _INDEX = "model.safetensors.index.json"
 _LOCAL = "rlhf merge reads folders of weights, such as `runs/my-run-reward/final`"
 

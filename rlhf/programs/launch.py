@@ -18,7 +18,7 @@ from rlhf import assemble
 from rlhf.assemble.rewards import served_identities
 from rlhf.errors import ExitCode, UserError
 from rlhf.interfaces import TrainState
-from rlhf.models import load
+from rlhf.models import adapters, load
 from rlhf.models.chat import stop_ids
 from rlhf.programs import fits
 from rlhf.programs.keeper import Keeper, write_record
@@ -158,7 +158,7 @@ def _run(recipe: Recipe, runtime: Runtime, directory: RunDirectory) -> int:
                 tracker.note(f"resumed from {directory.resume_from.name}")
             state = job.train(state)
         job.finish(job.model)
-        _export(recipe, runtime, job, directory.path / "final")
+        _export(recipe, runtime, job, directory, "final")
         status = "finished"
         return state.step
     finally:
@@ -169,27 +169,38 @@ def _keeper(recipe: Recipe, runtime: Runtime, job: assemble.Job, directory: RunD
     """What writes ``best/`` where the recipe asks for it."""
     if recipe.eval.keep_best is None:
         return None
-    folder = directory.path / "best"
 
     def keep(record: Mapping[str, float | int | str]) -> None:
         job.finish(job.model)
-        _export(recipe, runtime, job, folder, partial(write_record, record=record))
+        _export(recipe, runtime, job, directory, "best", partial(write_record, record=record))
 
-    return Keeper(recipe.eval.keep_best, folder, keep)
+    return Keeper(recipe.eval.keep_best, directory.path / "best", keep)
 
 
 def _export(
-    recipe: Recipe, runtime: Runtime, job: assemble.Job, folder: Path, extra: Callable[[Path], None] | None = None
+    recipe: Recipe,
+    runtime: Runtime,
+    job: assemble.Job,
+    directory: RunDirectory,
+    name: str,
+    extra: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """A transformers folder with weights, tokenizer, generation config and model card."""
+    """A transformers folder with weights, tokenizer, generation config and model card; of a LoRA reward model also with
+    its adapter, for runs that have the base already."""
     inner: Any = distributed.unwrap(job.model)
     model: Any = getattr(inner, "causal_lm", None) or inner.classifier
     merge = hasattr(inner, "classifier")  # a reward model is loaded by other runs, which know nothing of its adapter
+
+    def beside(staging: Path) -> None:
+        if merge and hasattr(model, "peft_config"):
+            adapters.keep(model, staging, (directory.read().get("hashes") or {}).get("policy.path"))
+        extra(staging)
+
     with runtime.gathered(job.model):
         if runtime.main:
             stops = stop_ids(job.tokenizer, getattr(model, "generation_config", None))
-            card = _card(recipe, folder.parent)
-            load.export(model, job.tokenizer, folder, stop_ids=stops, card=card, merge=merge, extra=extra)
+            card, folder = _card(recipe, directory.path), directory.path / name
+            load.export(model, job.tokenizer, folder, stop_ids=stops, card=card, merge=merge, extra=beside)
     runtime.barrier()
 
 

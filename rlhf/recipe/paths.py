@@ -19,12 +19,14 @@ from rlhf.objectives.presets import is_dotted
 from rlhf.recipe.marks import KeyPath, Problem, read_file
 from rlhf.recipe.reading import on_policy, quantized, reads, reward_sources
 from rlhf.recipe.schema import DataSource, Recipe, fill
-from rlhf.recipe.sections import RewardSource, RolloutSettings, Run
+from rlhf.recipe.sections import RewardModel, RewardSource, RolloutSettings, Run
 from rlhf.recipe.servers import token_of
 from rlhf.recipe.validate import Rule
 from rlhf.recipe.wording import is_secret, near, shown
 
 Place = Literal["function", "local", "hub", "unclear"]
+
+ADAPTER = "adapter"  # rlhf.models.adapters
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _OTHER_SUFFIX = re.compile(r"\.(txt|gz|zip|xlsx|jinja|ya?ml|safetensors)$", re.IGNORECASE)
@@ -66,6 +68,7 @@ def local_inputs(recipe: Recipe) -> dict[str, Path]:
     """Dotted key → file or folder of this machine that the recipe reads: models, tokenizers, rows."""
     named = [*_model_paths(recipe), *_data_paths(recipe)]
     found = {".".join(map(str, key)): Path(value).expanduser() for key, value in named if place(value) == "local"}
+    found |= {f"{'.'.join(map(str, here))}.path/{ADAPTER}": folder for here, folder in _adapters(recipe)}
     return {key: path for key, path in found.items() if path.exists()}
 
 
@@ -82,6 +85,7 @@ def path_rules(folder: Path | None) -> list[Rule]:
         _data_exists,
         models_exist,
         _quantized_models_are_whole,
+        _adapters_are_kept,
         _tokens_are_set,
         _code_exists,
         _fits_the_context,
@@ -201,6 +205,25 @@ def _quantized_models_are_whole(recipe: Recipe) -> Iterator[Problem]:
                 f"{shown(path)} is an adapter, and quantized weights take none in; `rlhf merge {path} --output FOLDER` "
                 "writes the whole model",
             )
+
+
+def _adapters_are_kept(recipe: Recipe) -> Iterator[Problem]:
+    for here, folder in _adapters(recipe):
+        if not folder.parent.exists() and place(str(folder.parent)) == "local":
+            continue  # told already
+        if not (folder / "adapter_config.json").is_file():
+            yield Problem(
+                (*here, "placement"),
+                f"no adapter in {shown(str(folder))}: policy_base needs the folder of a reward model that was trained "
+                "here with policy.lora; set auto",
+            )
+
+
+def _adapters(recipe: Recipe) -> Iterator[tuple[KeyPath, Path]]:
+    """Key of a reward model that lies on the policy's base, and the folder of its adapter."""
+    for here, source in reward_sources(recipe):
+        if isinstance(source, RewardModel) and source.placement == "policy_base" and source.path is not None:
+            yield here, Path(source.path).expanduser() / ADAPTER
 
 
 def made_by(path: Path, folder: Path | None) -> Path | None:

@@ -194,6 +194,25 @@ def _loaded(here: KeyPath, source: RewardSource) -> Iterator[Problem]:
 
 
 @rule
+def a_base_is_shared_with_an_adapter(recipe: Recipe) -> Iterator[Problem]:
+    for here, source in reward_sources(recipe):
+        if not (isinstance(source, RewardModel) and source.placement == "policy_base") or source.path is None:
+            continue
+        key = (*here, "placement")
+        if program_of(recipe) != "policy":
+            yield Problem(key, f"{recipe.objective} scores only held-out completions; set auto")
+        elif recipe.policy.lora is None:
+            yield Problem(
+                key,
+                "without policy.lora the policy trains its base away from the reward model's; set policy.lora, or auto",
+            )
+        elif recipe.policy.path is None:
+            yield Problem(key, "a policy from scratch has a base of its own; set auto")
+        if recipe.policy.quantize is not None or source.quantize is not None:
+            yield Problem(key, "the adapter was trained on whole weights, not on quantized ones; set auto")
+
+
+@rule
 def reward_weights_have_a_mean(recipe: Recipe) -> Iterator[Problem]:
     weights = [model.weight for model in recipe.reward.models]
     if reads(recipe, "reward") and recipe.reward.combine == "mean" and any(weights) and sum(weights) == 0:

@@ -16,6 +16,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Placement = Literal["auto", "replicate", "zero3", "offload"]
+RewardPlacement = Literal["auto", "replicate", "zero3", "offload", "policy_base"]
 Bits = Literal["4bit", "8bit"]
 PLACEMENT = "auto: whole on every process; zero3: sharded over them; offload: in host memory while it is idle (GPU)."
 QUANTIZE = "Weights of its linear layers by bitsandbytes: 8bit: int8 a row; 4bit: NF4 a block; null = as they are."
@@ -204,7 +205,10 @@ class RewardModel(RewardSource):
     """A reward model that is trained on."""
 
     weight: float = Field(default=1.0, description="Share in `combine`; 0 = logged, not trained on.")
-    placement: Placement = Field(default="auto", description=PLACEMENT)
+    placement: RewardPlacement = Field(
+        default="auto",
+        description=f"{PLACEMENT} policy_base: as a second adapter on the policy's base, which it was trained on.",
+    )
 
 
 class RewardFunction(Section):

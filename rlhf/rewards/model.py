@@ -188,7 +188,7 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     where = f"reward.models: path={path}"
-    tokenizer = _checked_tokenizer(path, where)
+    tokenizer, _ = checked_parts(path, where)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -216,20 +216,26 @@ def load_reward_model(
         placed=place(callable_model(model, compute_dtype), placement, torch.device(device), collective),
         collective=collective,
     )
+    refuse_noise(loaded, where)
+    return loaded
+
+
+def refuse_noise(loaded: RewardModel, where: str) -> None:
+    """Raises UserError where the canary's texts show that the scores mean nothing."""
     with loaded._placed.use():
         canary.scores_mean_something(
             loaded.forward,
             loaded.model,
-            tokenizer,
+            loaded.tokenizer,
             where=where,
             max_tokens=loaded.max_tokens,
-            tolerance=1e-4 if compute_dtype == torch.float32 else 0.1,  # 8 bits of mantissa, sums in another order
+            # 8 bits of mantissa, sums in another order
+            tolerance=1e-4 if loaded.compute_dtype == torch.float32 else 0.1,
         )
-    return loaded
 
 
-def _checked_tokenizer(path: str, where: str) -> Any:
-    """The reward model's tokenizer, after what can be refused without reading the weights."""
+def checked_parts(path: str, where: str) -> tuple[Any, Any]:
+    """The reward model's tokenizer and configuration, after what can be refused without reading the weights."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -245,7 +251,7 @@ def _checked_tokenizer(path: str, where: str) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up for a folder without one
         raise UserError(f"{where}: holds no tokenizer, and a reward model reads text with its own; save it beside it")
     canary.tokenizer_fits(tokenizer, getattr(config.get_text_config(), "vocab_size", None), where)
-    return tokenizer
+    return tokenizer, config
 
 
 def _first_line(error: BaseException) -> str:
