@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf.assemble import models
+from rlhf.assemble.rewards import NO_SHARES
 from rlhf.assemble.shapes import Shapes
 from rlhf.errors import UserError
 from rlhf.objectives.presets import is_dotted
@@ -12,17 +13,21 @@ from rlhf.planning.setup import Judge, Machine, Rollouts, Setup, Step, known
 from rlhf.planning.shapes import Shape
 from rlhf.recipe import Recipe
 from rlhf.recipe.reading import program_of, reads
-from rlhf.recipe.sections import RewardSource
+from rlhf.recipe.sections import RewardModel, RewardSource
 from rlhf.runtime.step_size import VECTORS
 
 _ROWS = {"sft": 1, "preference": 2, "reward": 2}  # a prompt's rows where they are given
 
 
 def setup(recipe: Recipe, placement: Placement, machine: Machine, shapes: Shapes) -> Setup:
-    """Everything that a plan needs. Raises UserError where a model's size is not known, and for quantized weights in
-    shares."""
+    """Everything that a plan needs. Raises UserError where a model's size is not known, and for what cannot lie in
+    shares: quantized weights, and a base that a reward model shares."""
     if recipe.policy.quantize is not None and placement.sharded:
         raise UserError(models.NO_SHARDS)
+    judges = _judges(recipe, shapes)
+    for judge in judges:
+        if judge.where == "policy_base" and placement.sharded:
+            raise UserError(NO_SHARES.format(key=judge.key))
     program, policy = program_of(recipe), shapes.policy(recipe)
     compared = program in ("policy", "preference")
     dtype = recipe.policy.compute_dtype
@@ -38,7 +43,7 @@ def setup(recipe: Recipe, placement: Placement, machine: Machine, shapes: Shapes
         reference_where=models.placement(recipe.reference.placement),
         compares=compared and recipe.objective != "simpo",
         critic=_critic(recipe, policy, shapes),
-        judges=_judges(recipe, shapes),
+        judges=judges,
         rank=lora.r if lora is not None else 0,
         low=dtype == "bfloat16" or (dtype == "auto" and not machine.cpu),
         exact=compared and recipe.kl.estimator == "exact",
@@ -103,20 +108,22 @@ def _judges(recipe: Recipe, shapes: Shapes) -> tuple[Judge, ...]:
     """Reward models that are held here: those of the reward, and those that judge held-out completions."""
     if not reads(recipe, "reward"):
         return ()
-    budget = recipe.batch.microbatch_tokens
     named: list[tuple[RewardSource, str, Where]] = [
-        (entry, f"reward.models.{at}", models.placement(entry.placement))
-        for at, entry in enumerate(recipe.reward.models)
+        (entry, f"reward.models.{at}", _where(entry)) for at, entry in enumerate(recipe.reward.models)
     ]
     named += [(entry, f"eval.models.{at}", "replicate") for at, entry in enumerate(recipe.eval.models)]
-    return tuple(
-        Judge(
-            shape=shapes.at(entry.path, f"{key}.path").as_scalar(),
-            tokens=entry.microbatch_tokens or budget,
-            where=where,
-            key=key,
-            bits=entry.quantize,
-        )
-        for entry, key, where in named
-        if entry.path is not None
-    )
+    return tuple(_judge(recipe, shapes, *each) for each in named if each[0].path is not None)
+
+
+def _where(entry: RewardModel) -> Where:
+    return "policy_base" if entry.placement == "policy_base" else models.placement(entry.placement)
+
+
+def _judge(recipe: Recipe, shapes: Shapes, entry: RewardSource, key: str, where: Where) -> Judge:
+    path, rank = entry.path or "", 0
+    if where == "policy_base":
+        shape, rank = shapes.adapter(path, f"{key}.path")
+    else:
+        shape = shapes.at(path, f"{key}.path")
+    tokens = entry.microbatch_tokens or recipe.batch.microbatch_tokens
+    return Judge(shape=shape.as_scalar(), tokens=tokens, where=where, key=key, bits=entry.quantize, rank=rank)

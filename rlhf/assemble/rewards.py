@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from rlhf.rewards.replicas import Replicas
     from rlhf.rewards.server import ServerReward
 
+NO_SHARES = (
+    "{key}.placement=policy_base: under ZeRO-3 the policy's weights are in shares, which all processes gather at once, "
+    "and they score different numbers of texts; launch DDP or ZeRO-2, or set placement=zero3"
+)
 Note = Callable[[str], None]
 Base = Callable[[], nn.Module]
 
@@ -38,10 +42,7 @@ def refuse_other_bases(recipe: Recipe, runtime: Runtime) -> None:
             continue
         key = f"reward.models.{index}"
         if runtime.sharded:
-            raise UserError(
-                f"{key}.placement=policy_base: under ZeRO-3 the policy's weights are in shares, which all processes "
-                "gather at once, and they score different numbers of texts; use ZeRO-2, or set placement: zero3"
-            )
+            raise UserError(NO_SHARES.format(key=key))
         assert entry.path is not None and recipe.policy.path is not None
         adapters.refuse_another_base(entry.path, recipe.policy.path, f"{key}.path")
 

@@ -3,6 +3,7 @@ model's."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from rlhf.locate import command_name
 from rlhf.planning.families import known_config
 from rlhf.planning.shapes import Shape, read_shape
 from rlhf.recipe import Recipe, load_recipe
-from rlhf.recipe.paths import made_by, place
+from rlhf.recipe.paths import ADAPTER, made_by, place
 
 _DEPTH = 8  # recipes that start from one another
 
@@ -55,6 +56,22 @@ class Shapes:
             config, source = self._config(path, key)
             self.found[wanted] = read_shape(config, name=path, source=source, attention=attention, targets=targets)
         return self.found[wanted]
+
+    def adapter(self, path: str, key: str) -> tuple[Shape, int]:
+        """A reward model that was trained with LoRA, or that a recipe will train so, and its adapter's rank."""
+        file = Path(path).expanduser() / ADAPTER / "adapter_config.json"
+        if file.is_file():
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            names = settings["target_modules"]  # whole names, or their ends; peft's own choice
+            targets = names if isinstance(names, str) else tuple(sorted({name.rpartition(".")[2] for name in names}))
+            return self.at(path, key, targets=targets), int(settings["r"])
+        maker = made_by(Path(path).expanduser(), self.folder)
+        lora = load_recipe(str(maker), inputs=False).policy.lora if maker is not None else None
+        if lora is None:
+            raise UserError(
+                f"{key}={path}: no adapter there, and no recipe is known whose run makes one; set placement=auto"
+            )
+        return self.at(path, key), lora.r
 
     def _made(self, path: str, key: str, depth: int) -> Shape:
         """What the recipe trains whose run will leave this folder."""

@@ -177,6 +177,6 @@ def _fill(policy: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
 
 def _head(tensors: Mapping[str, Tensor], device: torch.device) -> nn.Linear:
     weight = tensors[f"{_HEAD}weight"]
-    head = nn.Linear(weight.shape[1], weight.shape[0], bias=f"{_HEAD}bias" in tensors, device=device)
-    head.load_state_dict({key.removeprefix(_HEAD): value for key, value in tensors.items()})
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=f"{_HEAD}bias" in tensors, device="meta")
+    head.load_state_dict({key.removeprefix(_HEAD): v.to(device) for key, v in tensors.items()}, assign=True)
     return head.requires_grad_(False)

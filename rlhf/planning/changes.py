@@ -39,9 +39,9 @@ def zero2(setup: Setup) -> Change | None:
 
 def zero3(setup: Setup) -> Change | None:
     """Weights in shards too."""
-    if setup.placement.processes == 1 or setup.placement.kind == "zero3" or setup.vectors or setup.bits:
+    if setup.placement.processes == 1 or setup.placement.kind == "zero3" or setup.vectors:
         return None
-    return _placed(setup, "zero3")
+    return None if setup.unshardable else _placed(setup, "zero3")
 
 
 def frozen_shares(setup: Setup) -> Change | None:
@@ -50,7 +50,7 @@ def frozen_shares(setup: Setup) -> Change | None:
         return None
     keys, judges = [], list(setup.judges)
     for at, judge in enumerate(judges):
-        if judge.where != "zero3" and judge.key.startswith("reward.") and judge.bits is None:
+        if judge.where not in ("zero3", "policy_base") and judge.key.startswith("reward.") and judge.bits is None:
             keys.append(f"{judge.key}.placement=zero3")
             judges[at] = replace(judge, where="zero3")
     found = replace(setup, judges=tuple(judges))
@@ -107,7 +107,7 @@ def lora(setup: Setup) -> Change | None:
 def qlora(setup: Setup) -> Change | None:
     """The weights below an adapter in 4 bits."""
     served = setup.rollouts.engine in ("vllm", "server")
-    if not setup.rank or setup.bits or setup.policy.scalar or setup.placement.sharded or served:
+    if not setup.rank or setup.unshardable or setup.policy.scalar or setup.placement.sharded or served:
         return None
     what = "the frozen weights below the adapter in 4 bits"
     return Change(what, ("policy.quantize=4bit",), replace(setup, bits="4bit"))
@@ -134,7 +134,7 @@ def reward_server(setup: Setup) -> Change | None:
 
 def more_gpus(setup: Setup) -> Change | None:
     """Twice, four, eight times as many under ZeRO-3; as far as the step's prompts divide."""
-    if setup.vectors or setup.machine.cpu or setup.bits:
+    if setup.vectors or setup.machine.cpu or setup.unshardable:
         return None
     for times in (2, 4, 8):
         processes = setup.placement.processes * times

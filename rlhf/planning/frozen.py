@@ -1,4 +1,4 @@
-"""Bytes of a frozen model on one process: whole, in shares, or in host memory outside its phase."""
+"""Bytes of a frozen model on one process: whole, in shares, in host memory outside its phase, or on another's base."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from rlhf.models.quantized import Bits
 from rlhf.planning.placement import LIVE, Placement
 from rlhf.planning.shapes import Shape
 
-Where = Literal["replicate", "zero3", "offload"]
-SAID = {"replicate": "a copy a process", "zero3": "in shares", "offload": "in host memory while it is idle"}
+Where = Literal["replicate", "zero3", "offload", "policy_base"]
+SAID = {
+    "replicate": "a copy a process",
+    "zero3": "in shares",
+    "offload": "in host memory while it is idle",
+    "policy_base": "an adapter on the policy's base",
+}
 
 
 @dataclass(frozen=True)
@@ -39,3 +44,8 @@ def frozen_held(shape: Shape, size: int, where: Where, placement: Placement, bit
     if where == "offload" and not placement.cpu:
         return FrozenHeld(0.0, total, total, SAID[where])
     return FrozenHeld(total, 0.0, 0.0, said)
+
+
+def beside_held(shape: Shape, rank: int, size: int) -> FrozenHeld:
+    """An adapter and a score head on a base that the policy holds already. size: bytes of an adapter's weight."""
+    return FrozenHeld(float(size * shape.adapter(rank) + 4 * shape.head), 0.0, 0.0, SAID["policy_base"])

@@ -8,7 +8,7 @@ from typing import Literal
 from rlhf.models import masks
 from rlhf.models.layout import SharedPrompts, Size, plain_rows
 from rlhf.models.quantized import Bits
-from rlhf.planning.frozen import FrozenHeld, Where, frozen_held
+from rlhf.planning.frozen import FrozenHeld, Where, beside_held, frozen_held
 from rlhf.planning.layers import AUTOCAST, BFLOAT16, FLOAT32, Activations, Forward, Regime
 from rlhf.planning.placement import Placement
 from rlhf.planning.shapes import Shape
@@ -33,13 +33,15 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """A frozen reward model. tokens: of one forward. key: of its place in the recipe. bits: of quantized weights."""
+    """A frozen reward model. tokens: of one forward. key: of its place in the recipe. bits: of quantized weights. rank:
+    of its adapter, where it lies on the policy's base."""
 
     shape: Shape
     tokens: int
     where: Where = "replicate"
     key: str = "reward.models.0"
     bits: Bits | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,18 @@ class Setup:
             return None
         return frozen_held(self.reference, 4, self.reference_where, self.placement, self.reference_bits)
 
+    @property
+    def unshardable(self) -> bool:
+        """Whether ZeRO-3 cannot hold the policy: quantized weights, or a base that a reward model shares."""
+        return self.bits is not None or self.shares_base
+
+    @property
+    def shares_base(self) -> bool:
+        return any(judge.where == "policy_base" for judge in self.judges)
+
     def judge_held(self, judge: Judge) -> FrozenHeld:
+        if judge.where == "policy_base":
+            return beside_held(judge.shape, judge.rank, 2 if self.low and self.placement.deepspeed else 4)
         return frozen_held(judge.shape, self.judge_bytes(judge), judge.where, self.placement, judge.bits)
 
     def judge_bytes(self, judge: Judge) -> int:
@@ -154,6 +167,8 @@ class Setup:
         return judge.shape.stored_bytes if self.low else 4
 
     def judge_regime(self, judge: Judge) -> Regime:
+        if judge.where == "policy_base":
+            return self.regime
         if not self.low:
             return FLOAT32
         return BFLOAT16 if judge.shape.stored_bytes == 2 else AUTOCAST

@@ -75,7 +75,7 @@ def plan_of(recipe: Recipe, options: Options, folder: Path, shapes: Shapes | Non
         for kind in ("zero2", "zero3")
     )
     first = next(plans)
-    return first if first.fits or first.setup.bits else next(plans)  # ZeRO-3 takes no quantized policy
+    return first if first.fits or first.setup.unshardable else next(plans)
 
 
 def _planned(recipe: Recipe, placement: Placement, machine: Machine, shapes: Shapes, options: Options) -> Plan:
