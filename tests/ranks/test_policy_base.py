@@ -1,4 +1,4 @@
-"""A reward model on the policy's base: two ranks under DDP and under ZeRO-2 end where one process ends with it whole."""
+"""A reward model on the policy's base: two ranks under DDP and ZeRO-2 end where one process ends with it whole."""
 
 from __future__ import annotations
 

@@ -246,6 +246,47 @@ MEANING: dict[str, Broken] = {
         "auto | replicate | zero3 | offload",
         line=4,
     ),
+    "a base without an adapter": b(
+        recipe(reward="reward: {models: [{path: model, placement: policy_base}]}"),
+        "without policy.lora the policy trains its base away",
+        "no adapter in 'model/adapter'",
+        line=4,
+    ),
+    "a reward model without an adapter": b(
+        recipe(
+            policy="policy: {path: model, lora: {}}",
+            reward="reward: {models: [{path: model, placement: policy_base}]}",
+        ),
+        "no adapter in 'model/adapter'",
+        line=4,
+    ),
+    "a base of a policy from scratch": b(
+        recipe(
+            policy="policy: {scratch: {}, lora: {}}", reward="reward: {models: [{path: model, placement: policy_base}]}"
+        ),
+        "a policy from scratch has a base of its own",
+        line=4,
+    ),
+    "a quantized base": b(
+        recipe(
+            policy="policy: {path: model, lora: {}, quantize: 4bit}",
+            reward="reward: {models: [{path: model, placement: policy_base}]}",
+        ),
+        "the adapter was trained on whole weights",
+        line=4,
+    ),
+    "a base for judging pairs": b(
+        recipe(
+            objective="objective: dpo",
+            policy="policy: {path: model, lora: {}}",
+            reward="reward: {models: [{path: model, placement: policy_base}]}",
+        ),
+        "dpo scores only held-out completions",
+        line=4,
+    ),
+    "a server on the policy's base": b(
+        served("http://h:1", "placement: policy_base"), "a server's weights lie where it runs", line=4
+    ),
     "quantized weights in shares": b(
         recipe(reward="reward: {models: [{path: model, placement: zero3, quantize: 8bit}]}"),
         "quantized weights stay where they are",
