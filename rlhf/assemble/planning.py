@@ -82,6 +82,7 @@ def _rollouts(recipe: Recipe, policy: Shape) -> Rollouts:
         else "loop",
         kv_bytes=given.kv_cache_gib * 2**30,
         gpu_fraction=given.gpu_fraction,
+        by_layer=given.gather == "layers",
     )
 
 

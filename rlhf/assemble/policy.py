@@ -32,7 +32,7 @@ from rlhf.recipe.servers import addresses, token_of
 from rlhf.rewards.combine import RewardSet
 from rlhf.rewards.model import RewardModel, short_name
 from rlhf.rollout import Prompt
-from rlhf.runtime import distributed
+from rlhf.runtime import decoding, distributed
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import PolicyForward
 from rlhf.sampling.ahead import AheadSampler
@@ -80,7 +80,9 @@ def sampler(
         "stop_ids": stop_ids(tokenizer, inner.generation_config),
         "seed": recipe.run.seed,
         "compute_dtype": models.compute_dtype(recipe),
-        "gather": lambda _: runtime.decoding(wrapped),
+        "gather": lambda lm: (
+            decoding.by_layer(runtime, wrapped, lm) if settings.gather == "layers" else decoding.whole(runtime, wrapped)
+        ),
         "ended": ended,
     }
     if engine is not None:

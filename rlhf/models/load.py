@@ -118,8 +118,8 @@ def _with_adapter(model: nn.Module, folder: str) -> Any:
 
 def load_classifier(path: str, seed: int, *, attention: str = "auto") -> nn.Module:
     """A sequence classifier with one label on the trunk found at ``path``. A head that is not in the checkpoint (a
-    causal LM's) is drawn from N(0, 1/√(d+1)) (Stiennon et al. 2020), bias 0. An adapter's folder gives its base with the
-    adapter added to it, as in ``load_causal_lm``.
+    causal LM's) is drawn from N(0, 1/√(d+1)) (Stiennon et al. 2020), bias 0. An adapter's folder gives its base with
+    the adapter added to it, as in ``load_causal_lm``.
 
     Raises UserError where the trunk cannot be loaded whole.
     """

@@ -39,7 +39,7 @@ def zero2(setup: Setup) -> Change | None:
 
 def zero3(setup: Setup) -> Change | None:
     """Weights in shards too."""
-    if setup.placement.processes == 1 or setup.placement.kind == "zero3" or setup.vectors:
+    if setup.placement.processes == 1 or setup.placement.kind in ("zero3", "fsdp2") or setup.vectors:
         return None
     return None if setup.unshardable else _placed(setup, "zero3")
 
@@ -85,6 +85,15 @@ def smaller_cache(setup: Setup) -> Change | None:
         if make_plan(found).fits:
             return change
     return change
+
+
+def by_layer(setup: Setup) -> Change | None:
+    """Weights in shares gathered a layer at a time while decoding."""
+    kind, own = setup.placement.kind, setup.rollouts
+    if kind not in ("zero3", "fsdp2") or not setup.sampled or own.by_layer or own.engine not in ("loop", "generate"):
+        return None
+    found = replace(setup, rollouts=replace(own, by_layer=True))
+    return Change("weights gathered a layer at a time while decoding", ("rollout.gather=layers",), found)
 
 
 def offload(setup: Setup) -> Change | None:
@@ -157,6 +166,7 @@ ORDER: tuple[Step, ...] = (
         frozen_shares,
         smaller_microbatch,
         smaller_cache,
+        by_layer,
         offload,
         lora,
         qlora,

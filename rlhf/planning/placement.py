@@ -59,7 +59,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Units:
-    """What FSDP2 gathers at once, in weights. layer: the largest decoder layer. rest: all that is in no layer."""
+    """What is gathered at once, in weights. layer: the largest decoder layer. rest: all that is in no layer."""
 
     layer: int
     rest: int
@@ -69,7 +69,8 @@ class Units:
 class Held:
     """Bytes of the trained model on one process. weights, optimizer (with float32 masters): always there. gradients: at
     the end of a backward. buckets: while gradients travel. gathered: whole weights in a forward, of ZeRO-3 and FSDP2;
-    whole: in a rollout. stepping: while the optimizer steps. host: what was taken off the device."""
+    whole: in a rollout, by_layer: in one that gathers layers. stepping: while the optimizer steps. host: what was taken
+    off the device."""
 
     weights: float
     optimizer: float
@@ -78,6 +79,7 @@ class Held:
     gathered: float
     whole: float
     stepping: float
+    by_layer: float = 0.0
     host: float = 0.0
     gradients_stay: bool = False
 
@@ -93,12 +95,13 @@ def held(
     units: Units | None = None,
 ) -> Held:
     """Of ``frozen`` and ``trained`` weights. largest: of the largest trained tensor. low: bfloat16 arithmetic. packed:
-    bytes of quantized weights beside the frozen ones; every process has them all. units: asked for under FSDP2."""
+    bytes of quantized weights beside the frozen ones; every process has them all. units: of the models together;
+    None = nothing is in a layer."""
+    units = units or Units(layer=0, rest=frozen + trained)
     if placement.deepspeed:
-        found = _sharded(placement, frozen, trained, 2 if low else 4)
+        found = _sharded(placement, frozen, trained, 2 if low else 4, units)
         return replace(found, weights=found.weights + packed)
     if placement.kind == "fsdp2":
-        assert units is not None
         return _fully_sharded(placement, frozen, trained, largest, 2 if low else 4, units)
     buckets = 4.0 * trained if placement.kind == "ddp" else 0.0  # DDP reduces copies of the gradients
     return Held(
@@ -113,7 +116,7 @@ def held(
     )
 
 
-def _sharded(placement: Placement, frozen: int, trained: int, size: int) -> Held:
+def _sharded(placement: Placement, frozen: int, trained: int, size: int, units: Units) -> Held:
     """size: bytes of a weight in the engine's type."""
     shards, everything = placement.processes, frozen + trained
     third = placement.kind == "zero3"
@@ -131,6 +134,7 @@ def _sharded(placement: Placement, frozen: int, trained: int, size: int) -> Held
         buckets=float(size) * placement.bucket,
         gathered=float(size) * live if third else 0.0,
         whole=float(size) * everything if third else 0.0,
+        by_layer=_two_layers(units, size) if third else 0.0,
         stepping=0.0 if off else stepping,
         host=host,
         gradients_stay=third,
@@ -146,10 +150,16 @@ def _fully_sharded(placement: Placement, frozen: int, trained: int, largest: int
         optimizer=8.0 * trained / shards,
         gradients=4.0 * trained / shards,
         buckets=(size + 4.0) * units.layer if trained > frozen else 0.0,  # an adapter's gradients are nothing
-        gathered=float(size) * (units.rest + 2 * units.layer),
+        gathered=_two_layers(units, size),
         whole=float(size) * everything,
+        by_layer=_two_layers(units, size),
         stepping=8.0 * largest / shards if placement.cpu else 4.0 * trained / shards,
     )
+
+
+def _two_layers(units: Units, size: int) -> float:
+    """A layer with the buffer that it arrives in, or the next one on its way; and all that is in none."""
+    return float(size) * (units.rest + 2 * units.layer)
 
 
 def read_placement(file: Path | None, processes: int) -> Placement:

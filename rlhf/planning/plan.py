@@ -160,7 +160,9 @@ def _rollout_record(setup: Setup) -> float:
 def _generation(setup: Setup, state: Held, base: float, found: Decoding | None) -> list[Phase]:
     if not setup.sampled:
         return []
-    parts = {"weights gathered whole": state.whole, _COPIES: _cast(setup, in_loop=True)}
+    gathered = state.by_layer if setup.rollouts.by_layer and found is not None else state.whole
+    words = "weights gathered by layer" if setup.rollouts.by_layer else "weights gathered whole"
+    parts = {words: gathered, _COPIES: _cast(setup, in_loop=True)}
     if found is not None:
         parts |= {"keys and values": found.cache, "prompts read, next tokens": max(found.reading, found.choosing)}
     return [Phase("generation", base, _said(parts))]

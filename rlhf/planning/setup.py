@@ -62,11 +62,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """How completions are sampled. loop: ours; generate: of transformers; vllm: in this process; server: elsewhere."""
+    """How completions are sampled. loop: ours; generate: of transformers; vllm: in this process; server: elsewhere.
+    by_layer: weights in shares are gathered a layer at a time, in every forward."""
 
     engine: Literal["loop", "generate", "vllm", "server"] = "loop"
     kv_bytes: float = 4.0 * 2**30
     gpu_fraction: float = 0.4
+    by_layer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,12 +70,17 @@ def _traffic(setup: Setup, known: Card) -> float:
         numbers += count * again * (setup.trained + setup.frozen)
     elif placement.deepspeed:
         numbers += max(0, count - 1) * setup.trained * (1.0 if placement.kind == "zero2" else 0.0)
-    link = cards.LINK * (known.link if setup.machine.nodes == 1 else min(known.link, cards.BETWEEN_NODES))
-    return size * numbers / link
+    return size * numbers / _link(setup, known)
+
+
+def _link(setup: Setup, known: Card) -> float:
+    """Bytes a second between processes."""
+    return cards.LINK * (known.link if setup.machine.nodes == 1 else min(known.link, cards.BETWEEN_NODES))
 
 
 def _generation(setup: Setup, known: Card) -> float:
-    """Every token reads the weights once, and the keys and values so far; prompts are read like any forward."""
+    """Every token reads the weights once, and the keys and values so far; prompts are read like any forward. Layers
+    that are gathered in every forward come over the link first."""
     step, shape = setup.step, setup.policy
     found = decoding(setup)
     waves = found.wanted / found.rows
@@ -83,6 +88,8 @@ def _generation(setup: Setup, known: Card) -> float:
     read = weights + found.cache / 2
     operations = 2.0 * found.rows * (shape.trunk + shape.head) / (cards.FORWARD_MFU * known.flops)
     token = max(read / (cards.DECODE_BANDWIDTH * known.bandwidth), operations) + cards.LAUNCH_SECONDS * shape.layers
+    if setup.rollouts.by_layer and setup.placement.kind in ("zero3", "fsdp2"):
+        token += setup.regime.product * shape.trunk / _link(setup, known)
     prompts = own_prompts(setup) * (1 if setup.rollouts.engine != "generate" else step.rows)
     first = _forward_flops(shape, prompts * step.prompt, prompts) / (cards.FORWARD_MFU * known.flops)
     return waves * step.completion * token + first

@@ -33,7 +33,7 @@ from rlhf.tracking.tracker import build_tracker
 _OF_ONE_RANK = (ExitCode.USER, ExitCode.REWARD_GONE)  # may end a single process; the others are told of the rest
 # Keys that may differ when a run is resumed: they change what is seen of a run or when it pauses, nothing it computes.
 _FREE = (
-    *("run.resume", "run.max_seconds", "run.memory_check", "tracking.", "rollout.push_folder"),
+    *("run.resume", "run.max_seconds", "run.memory_check", "tracking.", "rollout.push_folder", "rollout.gather"),
     *("checkpoint.keep", "checkpoint.every_steps", "batch.activations"),
 )
 _FREE_ENDS = (".url", ".token_env", ".give_up_seconds")  # where a server lies; what a reward server holds is pinned

@@ -227,6 +227,13 @@ def completions_are_decoded_here(recipe: Recipe) -> Iterator[Problem]:
 
 
 @rule
+def vllm_is_given_whole_weights(recipe: Recipe) -> Iterator[Problem]:
+    settings = recipe.rollout
+    if on_policy(recipe) and settings.engine == "vllm" and settings.gather == "layers":
+        yield Problem(("rollout", "gather"), "vllm decodes with weights of its own, pushed to it whole; set whole")
+
+
+@rule
 def a_server_is_vllm(recipe: Recipe) -> Iterator[Problem]:
     settings = recipe.rollout
     if settings.url is not None and (wrong := wrong_addresses(settings.url)) is not None:

@@ -291,6 +291,10 @@ class RolloutSettings(Section):
     kv_cache_gib: Positive = Field(
         default=4.0, description="Keys and values of rows decoded at once (GiB); the others wait. Our loop only."
     )
+    gather: Literal["whole", "layers"] = Field(
+        default="whole",
+        description="Under ZeRO-3 and FSDP2. layers: one at a time in every forward; slow, for weights beyond a GPU.",
+    )
     samples_per_prompt: Count = Field(default=4, description="k, the size of a group.")
     max_new_tokens: Count = Field(default=256, description="Longest completion (tokens).")
     temperature: Positive = Field(default=1.0, description="Divides the logits in rollout, reference and training.")

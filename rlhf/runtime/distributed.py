@@ -103,30 +103,6 @@ class Runtime:
         else:
             yield
 
-    @contextlib.contextmanager
-    def decoding(self, engine: nn.Module) -> Iterator[None]:
-        """Full weights and no collectives inside the block: ranks decode to different lengths.
-
-        Under ZeRO-3 and FSDP2 hooks gather and release weights at every module call, which hangs as soon as one rank
-        makes a call that another does not.
-        """
-        if self.kind == "fsdp2":
-            with fsdp.decoding(engine, self.compute_dtype):
-                yield
-            return
-        if not self.sharded:
-            yield
-            return
-        offload = cast(Any, engine).optimizer.parameter_offload
-        with self.gathered(engine):
-            offload._remove_module_hooks()
-            offload.forward_hooks.clear()
-            offload.backward_hooks.clear()
-            try:
-                yield
-            finally:
-                offload.setup_zero_stage3_hooks()
-
     def describe(self) -> str:
         if self.world_size == 1:
             return f"1 process on {self.device.type}, policy {_POLICY[self.kind]}"

@@ -63,7 +63,7 @@ def shard(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.devi
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     settings: dict[str, Any] = {"mesh": mesh, "mp_policy": _precision(compute_dtype)}
-    for layer in _layers(model):
+    for layer in decoder_layers(model):
         fully_shard(layer, **settings)
     # True for the root as well: else its weights stay whole after a forward without backward, and the optimizer steps
     # shares that the next forward would not read.
@@ -78,19 +78,26 @@ def shard(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.devi
         group["params"] = [shares[names[id(parameter)]] for parameter in group["params"]]
 
 
+def travelling(compute_dtype: torch.dtype) -> torch.dtype | None:
+    """The type of whole weights where it is not the shares' own."""
+    return compute_dtype if compute_dtype in (torch.bfloat16, torch.float16) else None
+
+
 def _precision(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
-    if compute_dtype not in (torch.bfloat16, torch.float16):
+    low = travelling(compute_dtype)
+    if low is None:
         return MixedPrecisionPolicy()
     # Inputs are left alone: the model's own autocast decides what is computed in which type.
-    return MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return MixedPrecisionPolicy(low, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """What transformers says not to split: the decoder layers of every model inside, a critic's too."""
     kinds: set[str] = set()
     for module in model.modules():
         kinds |= set(getattr(module, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
+    # ``fully_shard`` puts a class of its own in front of a module's.
+    return [module for module in model.modules() if kinds & {each.__name__ for each in type(module).__mro__}]
 
 
 @contextmanager
@@ -115,18 +122,17 @@ def whole(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def decoding(model: nn.Module, compute_dtype: torch.dtype) -> Iterator[None]:
-    """Whole weights of the type that forwards read, and no collectives."""
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Inside it no module gathers or releases its weights when it is called."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
-    with whole(model, _precision(compute_dtype).param_dtype):
-        for part in parts:
-            part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
-        try:
-            yield
-        finally:
-            for part, (before, after) in zip(parts, hooks, strict=True):
-                part._forward_pre_hooks, part._forward_hooks = before, after
+    for part in parts:
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for part, (before, after) in zip(parts, hooks, strict=True):
+            part._forward_pre_hooks, part._forward_hooks = before, after
 
 
 def full_tensor(value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from rlhf.planning import changes
 from rlhf.planning.placement import Placement
 from rlhf.planning.plan import CONTEXT, FRAGMENTS, make_plan
-from rlhf.planning.setup import Setup
+from rlhf.planning.setup import Rollouts, Setup
 from tests.planning.setups import seven_billion, two_billion
 
 GIB = 2**30
@@ -70,11 +70,22 @@ def test_nothing_is_suggested_where_nothing_fits() -> None:
     assert changes.smallest(on(2, seven_billion())) is None
 
 
+def test_layers_are_gathered_where_the_whole_does_not_fit() -> None:
+    """A policy whose whole copy is the peak, beside a cache of one row: nothing earlier in the order helps."""
+    setup = seven_billion(judges=(), reference=None, compares=False, rollouts=Rollouts(kv_bytes=1))
+    setup = replace(setup, step=replace(setup.step, microbatch=1024))
+    layered = make_plan(replace(setup, rollouts=replace(setup.rollouts, by_layer=True))).peak.total
+    assert make_plan(setup).peak.name == "generation"
+    found = changes.smallest(on((layered / (1 - FRAGMENTS) + CONTEXT) / GIB + 0.01, setup))
+    assert found is not None and found.set == ("rollout.gather=layers",)
+    assert changes.by_layer(found.setup) is None
+
+
 def test_the_order_is_the_documented_one() -> None:
     names = [step.__name__ for step in changes.ORDER]
     assert names == [
-        *("recompute", "zero2", "zero3", "frozen_shares", "smaller_microbatch", "smaller_cache", "offload", "lora"),
-        *("qlora", "quantized_judges", "reward_server", "more_gpus"),
+        *("recompute", "zero2", "zero3", "frozen_shares", "smaller_microbatch", "smaller_cache"),
+        *("by_layer", "offload", "lora", "qlora", "quantized_judges", "reward_server", "more_gpus"),
     ]
 
 

@@ -46,11 +46,19 @@ def test_zero_in_float32_has_masters_of_its_own(kind: str) -> None:
     assert held(FOUR.at(kind), 0, 800, 100, low=False).optimizer == (4 + 8) * 200  # type: ignore[arg-type]
 
 
+def test_layers_are_gathered_with_what_is_in_none() -> None:
+    """Two layers of 100 and the 300 beside them; None = nothing is in a layer."""
+    units = Units(layer=100, rest=300)
+    assert held(FOUR.at("zero3"), 0, 800, 100, low=True, units=units).by_layer == 2 * 500
+    assert held(FOUR.at("zero3"), 0, 800, 100, low=True).by_layer == 2 * 800
+    assert held(FOUR.at("zero2"), 0, 800, 100, low=True, units=units).by_layer == 0
+
+
 def test_fsdp2_keeps_float32_shares_and_gathers_two_layers() -> None:
     """800 weights, 100 in each layer and 300 beside them."""
     found = held(FOUR.at("fsdp2"), 0, 800, 100, low=True, units=Units(layer=100, rest=300))
     assert (found.weights, found.optimizer, found.gradients) == (4 * 200, 8 * 200, 4 * 200)
-    assert (found.gathered, found.whole) == (2 * 500, 2 * 800)
+    assert (found.gathered, found.whole, found.by_layer) == (2 * 500, 2 * 800, 2 * 500)
     assert found.buckets == (2 + 4) * 100  # a layer's gradient, and its float32 copy on the way
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from rlhf.planning import times
+from rlhf.planning import cards, times
 from rlhf.planning.layers import Forward
-from rlhf.planning.placement import Placement
+from rlhf.planning.placement import Kind, Placement
 from rlhf.planning.plan import CONTEXT, FRAGMENTS, make_plan
 from rlhf.planning.rollouts import decoding
 from rlhf.planning.setup import Rollouts, forwards, scoring
@@ -36,6 +36,23 @@ def test_seven_billion_with_a_reward_model_of_27_on_eight_gpus() -> None:
     assert generation.parts["weights gathered whole"] == 2 * n  # 15.9 GiB
     assert generation.parts["keys and values"] <= 4 * GIB
     assert not plan.fits and plan.usable == (80 * GIB - CONTEXT) * (1 - FRAGMENTS)
+
+
+@pytest.mark.parametrize("kind", ["zero3", "fsdp2"])
+def test_layers_are_gathered_in_place_of_the_whole(kind: Kind) -> None:
+    """Gemma 7B in bfloat16: the embedding and the last norm, and two of 28 layers; each token then brings all 28 over
+    the link, of which 60 % of 450 GB/s are counted on."""
+    rest = 256_000 * 3_072 + 3_072
+    trunk = 8_537_680_896 - rest
+    setup = seven_billion(placement=Placement(kind=kind, processes=8))
+    whole, layers = make_plan(setup), make_plan(replace(setup, rollouts=Rollouts(by_layer=True)))
+    assert whole.phases[0].parts["weights gathered whole"] == 2 * (rest + trunk)
+    assert layers.phases[0].parts["weights gathered by layer"] == 2 * (rest + 2 * trunk // 28)
+    known, found = cards.card("h100"), layers.decoding
+    assert found is not None
+    longer = times.seconds(layers)["generation"] - times.seconds(whole)["generation"]
+    tokens = 256 * found.wanted / found.rows
+    assert longer == pytest.approx(tokens * 2 * trunk / (cards.LINK * known.link))
 
 
 def test_the_phases_of_a_step_are_those_that_the_objective_has() -> None:

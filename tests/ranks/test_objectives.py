@@ -26,6 +26,7 @@ checkpoint: {every_steps: 1}
 tracking: {to: []}
 """
 LORA = ("policy.lora.r=4", "policy.lora.alpha=8")
+BY_LAYER = "rollout.gather=layers"
 RECOMPUTE = "batch.activations=recompute"  # one process keeps its activations: the step is the same
 # accelerate config → name of the run → (objective, settings, settings of the two ranks alone)
 CASES: dict[str, dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
@@ -50,6 +51,7 @@ CASES: dict[str, dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
         "ppo": ("ppo", (), ()),
         "lora": ("rloo", LORA, (RECOMPUTE,)),
         "shared-prompts": ("rloo", ("rollout.samples_per_prompt=8", "batch.share_prompts=true"), ()),
+        "layers": ("rloo", (), (BY_LAYER,)),
     },
     "cpu_zero1": {"ppo": ("ppo", (), ())},
     "cpu_fsdp2": {
@@ -57,6 +59,7 @@ CASES: dict[str, dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
         "shared-critic": ("ppo", ("value.shared=true", "ppo.whiten_rewards=true"), ()),
         "dpo": ("dpo", (), ()),
         "lora": ("rloo", LORA, (RECOMPUTE,)),
+        "layers-lora": ("remax", LORA, (BY_LAYER,)),
     },
 }
 

@@ -360,6 +360,9 @@ MEANING: dict[str, Broken] = {
     "a decoder's control character": b(decoder("http://h\\x01"), "is no address of a server", line=6),
     "a decoder at no IP address": b(decoder("http://256.1.1.1:8000"), "form of an IP address and is none", line=6),
     "two decoders": b(decoder("http://h:1,http://h:2"), "weights are pushed to one", line=6),
+    "layers for vllm": b(
+        recipe(rollout="rollout: {engine: vllm, url: 'http://127.0.0.1:8000', gather: layers}"), "pushed to it whole"
+    ),
     "a step ahead of itself": b(recipe(rollout="rollout: {ahead: true}"), "nothing decodes beside the trainer", line=6),
     "a trust region around another policy": b(
         recipe(

@@ -17,7 +17,7 @@ from rlhf.interfaces import StatsRequest
 from rlhf.models.layout import plain_rows
 from rlhf.models.policy import token_stats
 from rlhf.recipe import load_recipe
-from rlhf.runtime import fsdp
+from rlhf.runtime import decoding, fsdp
 from tests.support import alone, fixed_rollout, policy_and_reference, weights
 
 SHARDED = replace(alone(), kind="fsdp2", world_size=2)
@@ -115,7 +115,7 @@ def test_decoding_reads_weights_as_forwards_do(group: None) -> None:
     fsdp.shard(policy, torch.optim.AdamW(policy.parameters()), torch.device("cpu"), torch.bfloat16)
     layer = policy._inner().model.layers[0]
     hooks = layer._forward_pre_hooks
-    with fsdp.decoding(policy, torch.bfloat16):
+    with decoding.whole(replace(SHARDED, compute_dtype=torch.bfloat16), policy):
         assert {parameter.dtype for parameter in policy.parameters()} == {torch.bfloat16}
         assert not layer._forward_pre_hooks and not layer._forward_hooks
     assert layer._forward_pre_hooks is hooks and hooks
