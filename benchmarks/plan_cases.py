@@ -49,6 +49,7 @@ CASES: dict[str, Case] = {
     "exact KL": Case(policy=MIDDLE, reward=SMALL, changes={"kl.estimator": "exact"}),
     "gemma 2": Case(policy=_size(192, 4, "gemma2"), reward=SMALL, changes={}),
     "gemma 3": Case(policy=_size(192, 4, "gemma3"), reward=SMALL, changes={}),
+    "gemma 4": Case(policy=_size(192, 4, "gemma4"), reward=SMALL, changes={}),
     "generate": Case(policy=MIDDLE, reward=SMALL, changes={"rollout.decode": "generate"}),
     "bf16": Case(policy=MIDDLE, reward=None, changes={"policy.compute_dtype": "bfloat16", "batch.prompts_per_step": 8}),
     "zero 2": Case(policy=MIDDLE, reward=SMALL, changes={}, stage=2),

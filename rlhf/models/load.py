@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rlhf.errors import UserError
-from rlhf.models import quantized
+from rlhf.models import families, quantized
 from rlhf.models.quantized import Quantization
 
 
@@ -54,7 +54,8 @@ def load_causal_lm(
 ) -> nn.Module:
     """A causal LM in float32. The type its weights were stored in is kept as ``model.stored_dtype``.
 
-    A folder that holds an adapter (``final/`` of a LoRA run) gives its base model with the adapter added to it.
+    A folder that holds an adapter (``final/`` of a LoRA run) gives its base model with the adapter added to it. Of a
+    Gemma 3 or 4 that also sees, the text model alone (``families.text_part``).
     quantize: the matrices of its linear layers in fewer bits, all else in float32.
     Raises UserError where the folder or id cannot be loaded or leaves weights uninitialised, and for an adapter that
     would have to be added to quantized weights.
@@ -67,11 +68,18 @@ def load_causal_lm(
         refuse_adapter(path, what)
         kwargs |= quantize.loading()
     try:
-        config = AutoConfig.from_pretrained(base or path)
+        config, names = families.text_part(AutoConfig.from_pretrained(base or path), f"{what}={path}")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base or path, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **kwargs
+            base or path,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            **names,
+            **kwargs,
         )
         model, info = loaded
+        families.forget_names(model)
         model = _with_adapter(model, path) if base is not None else model
     except (OSError, ValueError) as error:
         raise UserError(f"{what}={path}: no causal language model could be loaded ({_first_line(error)})") from error
@@ -198,7 +206,7 @@ def weightless_causal_lm(path: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(base_of_adapter(path) or path)
+        config, _ = families.text_part(AutoConfig.from_pretrained(base_of_adapter(path) or path), f"policy.path={path}")
         with torch.device("meta"):
             return cast(nn.Module, AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:

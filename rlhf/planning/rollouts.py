@@ -62,10 +62,10 @@ def _row_bytes(setup: Setup) -> float:
     bfloat16."""
     shape, step = setup.policy, setup.step
     numbers = setup.regime.stream + setup.regime.product
-    return float(shape.layers * shape.keys * numbers * (step.prompt + step.completion))
+    return float(shape.row * numbers * (step.prompt + step.completion))
 
 
 def _budgeted(setup: Setup) -> float:
     """What the loop takes a row for when it counts rows into the budget: two numbers of the products' type."""
     shape, step = setup.policy, setup.step
-    return float(2 * setup.regime.product * shape.layers * shape.keys * (step.prompt + step.completion))
+    return float(2 * setup.regime.product * shape.row * (step.prompt + step.completion))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlhf.errors import UserError
+from rlhf.models.families import refuse_variant
 from rlhf.models.quantized import KEPT, Bits
 
 Attention = Literal["eager", "sdpa", "flash"]
@@ -28,8 +29,9 @@ class Shape:
     name: what the recipe calls it. source: where its numbers come from. parameters: all of them, tied ones once.
     head: of the output head, vocabulary × hidden. own_head: it is not tied to the embedding. layer: of one decoder
     layer. largest: of the largest matrix in a layer. linear_widths: inputs + outputs of every linear layer that an
-    adapter would sit on. packable: in matrices that quantizing takes, packable_rows: outputs of those. stored_bytes: of
-    a weight on disk. scalar: one score in place of the vocabulary.
+    adapter would sit on. packable: in matrices that quantizing takes, packable_rows: outputs of those. kv_layers: that
+    have keys and values of their own; 0 = all. stored_bytes: of a weight on disk. scalar: one score in place of the
+    vocabulary.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Shape:
     linear_widths: int
     packable: int = 0
     packable_rows: int = 0
+    kv_layers: int = 0
     attention: Attention = "sdpa"
     softcap: bool = False
     stored_bytes: int = 2
@@ -83,6 +86,11 @@ class Shape:
     def gated(self) -> bool:
         return self.family not in _UNGATED
 
+    @property
+    def row(self) -> int:
+        """Keys of one token in all layers together; values have the same."""
+        return (self.kv_layers or self.layers) * self.keys
+
     def packed(self, bits: Bits) -> float:
         """Bytes of the matrices that are quantized. 4bit: half a byte a weight, a byte a block of 64 for its largest,
         and a float for 256 of those; 8bit: a byte a weight, and a float a row."""
@@ -111,14 +119,18 @@ def read_shape(
     configuration that no causal language model is made of.
     """
     text = config.get_text_config()
+    refuse_variant(text, name)
     model = _on_meta(text, name, attention)
     layers = _layers(model, text.num_hidden_layers, name)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     stored = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
     heads = text.num_attention_heads
+    head_dim, kv_heads = _mean_heads(text)
     matrices = [module for path, module in model.named_modules() if _quantized(path, module)]
     linears = [
-        (path, module) for path, module in layers.named_modules() if isinstance(module, nn.Linear | _conv1d_type())
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | _conv1d_type()) and module is not head
     ]
     return Shape(
         name=name,
@@ -128,8 +140,9 @@ def read_shape(
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        kv_layers=text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0),
         vocab=text.vocab_size,
         parameters=sum(p.numel() for p in model.parameters()),
         head=head.weight.numel(),
@@ -175,6 +188,18 @@ def _conv1d_type() -> type[Any]:
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D
+
+
+def _mean_heads(text: Any) -> tuple[int, int]:
+    """(head width, key heads) that stand for all layers, rounded up; they differ between the layers of Gemma 4."""
+    own = getattr(text, "per_layer_config", None)
+    layers = [own[i] if own else text for i in range(text.num_hidden_layers)]
+    heads = text.num_attention_heads
+    dims = [getattr(layer, "head_dim", None) or text.hidden_size // heads for layer in layers]
+    counts = [getattr(layer, "num_key_value_heads", None) or heads for layer in layers]
+    head_dim = -(-sum(dims) // len(dims))
+    widths = sum(dim * count for dim, count in zip(dims, counts, strict=True))
+    return head_dim, -(-widths // (len(dims) * head_dim))
 
 
 def _quantized(path: str, module: nn.Module) -> bool:

@@ -15,6 +15,8 @@ WITHIN = 0.15
 QUICK = ("lora",)  # half a minute each
 SLOW = (
     "recompute",
+    "qlora",
+    "8-bit reward model",
     "reinforce",
     "large reward model",
     "one forward",
@@ -22,6 +24,7 @@ SLOW = (
     "exact KL",
     "gemma 2",
     "gemma 3",
+    "gemma 4",
     "32k vocabulary",
     "plain rows",
     "bf16",

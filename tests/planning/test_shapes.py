@@ -20,6 +20,7 @@ PUBLISHED = {
     "google/gemma-2-9b": 9_241_705_984,
     "google/gemma-2-27b-it": 27_227_128_320,
     "google/gemma-3-1b-it": 999_885_952,
+    "google/gemma-4-31B-it": 30_697_345_280,
     "EleutherAI/pythia-1b-deduped": 1_011_781_632,
 }
 
@@ -31,6 +32,16 @@ def shape(name: str, **more: str) -> Shape:
 @pytest.mark.parametrize(("name", "weights"), PUBLISHED.items())
 def test_public_models_have_the_weights_that_were_published(name: str, weights: int) -> None:
     assert shape(name).parameters == weights
+
+
+def test_gemma_4_by_hand() -> None:
+    """E4B: tables that give every layer its own embedding of a token, and 18 of 42 layers without keys of their own."""
+    found = shape("google/gemma-4-E4B-it")
+    tables = 262_144 * 42 * 256
+    assert found.parameters == 7_463_013_376
+    assert round((found.parameters - tables) / 1e9, 1) == 4.6 and found.kv_layers == 24
+    large = shape("google/gemma-4-31B")
+    assert large.row == 60 * large.keys and large.softcap
 
 
 def test_a_layer_by_hand() -> None:
