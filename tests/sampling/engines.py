@@ -109,6 +109,7 @@ def served(engine: Copy, lock: AbstractContextManager[Any] | None = None) -> Ite
 
     class Server(ThreadingHTTPServer):
         request_queue_size = 128
+        daemon_threads = False  # closing waits for them: one that still computes when the process ends aborts it
 
     server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
