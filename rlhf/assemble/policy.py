@@ -179,9 +179,8 @@ def build(recipe: Recipe, session: Session) -> Job:
     train_prompts, held_out = data.train_and_eval(data.prompts, recipe, session.note, tokenizer)
     mixed = _instruction_rows(recipe, tokenizer, session.note)
     steps = recipe.run.steps or math.ceil(len(train_prompts) / recipe.batch.prompts_per_step)
-    causal_lm = cache(
-        partial(models.causal_lm, recipe, tokenizer, runtime.device)
-    )  # before the rewards only where they lie on it
+    # loaded after the rewards, unless one of them lies on its base
+    causal_lm = cache(partial(models.causal_lm, recipe, tokenizer, runtime.device))
     scores = rewards.reward_set(recipe, runtime, session.note, steps=steps, policy=causal_lm)
     judges = rewards.with_judges(recipe, runtime, scores, session.note, steps=steps)
     goal = objective(recipe)

@@ -54,6 +54,7 @@ def test_a_shared_base_trains_the_policy_of_a_separate_one(
     assert scores[0] == pytest.approx(scores[1], abs=1e-5) and len(scores[0]) == 3
     assert apart(final(separate), final(shared)) <= 1e-5
     assert not (shared.path / "final" / "reward_0").exists()
+    assert "reward.models.0.path/adapter" in shared.record["hashes"]
     checkpoint = load_file(shared.path / "checkpoints" / "step-00000003" / "model.safetensors")
     assert checkpoint and all(".default.weight" in name for name in checkpoint)
     assert all(float(value.abs().max()) > 1e-4 for name, value in final(shared).items() if "lora_B" in name)  # from 0

@@ -69,7 +69,9 @@ def test_reward_models_keep_their_mean_score(tmp_path: Path) -> None:
         model.config.reward_center = centre
         model.save_pretrained(tmp_path / f"{seed}")
         TOKENIZER.save_pretrained(tmp_path / f"{seed}")
+        (tmp_path / f"{seed}" / "adapter").mkdir()  # of a LoRA run; a mean of models has none
     out = run([tmp_path / "0", tmp_path / "1"], tmp_path / "mean", weights=[3.0, 1.0])
+    assert not (out / "adapter").exists()
     merged = AutoModelForSequenceClassification.from_pretrained(out)
     assert merged.config.reward_center == 1.75 and merged.config.num_labels == 1
 
