@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rlhf.rewards.server import ServerReward
 
 NO_SHARES = (
-    "{key}.placement=policy_base: under ZeRO-3 the policy's weights are in shares, which all processes gather at once, "
-    "and they score different numbers of texts; launch DDP or ZeRO-2, or set placement=zero3"
+    "{key}.placement=policy_base: under ZeRO-3 and FSDP2 the policy's weights are in shares, which all processes "
+    "gather at once, and they score different numbers of texts; launch DDP or ZeRO-2, or set placement=zero3"
 )
 Note = Callable[[str], None]
 Base = Callable[[], nn.Module]

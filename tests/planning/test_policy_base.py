@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from rlhf.assemble.rewards import refuse_other_bases
 from rlhf.errors import UserError
 from rlhf.planning import changes
 from rlhf.planning.plan import make_plan
 from rlhf.planning.setup import Judge, Setup
 from rlhf.programs.plan import Options, plan_of
 from rlhf.recipe import load_recipe
+from rlhf.runtime.distributed import Runtime
 from tests.planning.setups import seven_billion, two_billion
 
 RECIPE = """
@@ -72,8 +75,12 @@ def test_rank_and_targets_are_read_from_the_adapter(tmp_path: Path) -> None:
     assert (judge.rank, judge.where) == (4, "policy_base")
     # q: 64 → 64, v: 64 → 32 of the one key head, in two layers
     assert judge.shape.linear_widths == 2 * (128 + 96)
-    with pytest.raises(UserError, match=r"reward\.models\.0\.placement=policy_base: under ZeRO-3"):
-        plan_of(recipe, replace(OPTIONS, accelerate="zero3"), tmp_path)
+    for shares in ("zero3", "fsdp2"):
+        with pytest.raises(UserError, match=r"reward\.models\.0\.placement=policy_base: under ZeRO-3 and FSDP2"):
+            plan_of(recipe, replace(OPTIONS, accelerate=shares), tmp_path)
+        runtime = Runtime(accelerator=None, kind=shares, device=torch.device("cpu"))
+        with pytest.raises(UserError, match=r"reward\.models\.0\.placement=policy_base: under ZeRO-3 and FSDP2"):
+            refuse_other_bases(recipe, runtime)  # the run does, before it looks at the adapter
     chosen = plan_of(recipe, replace(OPTIONS, memory="4GiB", accelerate=None), tmp_path)  # ZeRO-3 is not tried
     assert not chosen.fits and chosen.setup.placement.kind == "zero2"
 
