@@ -51,29 +51,35 @@ def settle(model: nn.Module, what: str) -> None:
 
     Raises UserError where a head was quantized: log-probabilities are made of its weight, and a score is one row of it.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
+    layers = _layers()
     for name, module in model.named_modules():
-        if not isinstance(module, Linear4bit | Linear8bitLt):
+        if not isinstance(module, layers.Linear4bit | layers.Linear8bitLt):
             continue
         if module is cast(Any, model).get_output_embeddings():
             raise UserError(f"{what}: its output head {name} would be quantized, and log π is made of it; set null")
-        if isinstance(module, Linear8bitLt):
-            module.__class__ = _row_scaled()
-            cast(Any, module.weight).CB = None  # the weight itself once more; a copy of the model would hold it twice
+        packed: Any = module
+        if isinstance(module, layers.Linear8bitLt):
+            packed.__class__ = _row_scaled()
+            packed.weight.CB = None  # the weight itself once more; a copy of the model would hold it twice
         else:
             # On processors with AVX512-BF16 the first forward without gradient repacks the weights for a kernel that
             # rounds to bfloat16 and has no backward.
-            module.support_avx512bf16_for_cpu = False
+            packed.support_avx512bf16_for_cpu = False
+
+
+def _layers() -> Any:
+    """bitsandbytes' layers; untyped, so that types are checked alike with the extra and without."""
+    import bitsandbytes.nn
+
+    return bitsandbytes.nn
 
 
 @cache
 def _row_scaled() -> type[nn.Module]:
     """int8 weights and whole activations. A class is needed, because peft and transformers ask for its base; made when
     it is first used, because bitsandbytes is an extra."""
-    from bitsandbytes.nn import Linear8bitLt
 
-    class RowScaled(Linear8bitLt):  # type: ignore[misc]
+    class RowScaled(_layers().Linear8bitLt):  # type: ignore[misc]
         """y = x·Wᵀ + b with W = int8 · (largest of the row / 127)."""
 
         def forward(self, x: Tensor) -> Tensor:
