@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from rlhf.assemble import data, models, rewards
+from rlhf.assemble import data, models, rewards, sampling
 from rlhf.assemble.job import Job
 from rlhf.errors import UserError
-from rlhf.interfaces import Ended, PolicyObjective, Sampler
+from rlhf.interfaces import PolicyObjective
 from rlhf.locate import named_code
 from rlhf.models.adapters import TrunkClassifier
-from rlhf.models.chat import Dialogue, stop_ids
+from rlhf.models.chat import Dialogue
 from rlhf.models.layout import Layout
 from rlhf.models.reference import AdapterOffReference, MovingReference, Reference
 from rlhf.objectives.presets import preset
@@ -28,18 +26,14 @@ from rlhf.programs.evaluation import Evaluation
 from rlhf.programs.passes import passes_of
 from rlhf.programs.session import Session
 from rlhf.recipe import Recipe
-from rlhf.recipe.servers import addresses, token_of
 from rlhf.rewards.combine import RewardSet
 from rlhf.rewards.model import RewardModel, short_name
 from rlhf.rollout import Prompt
-from rlhf.runtime import decoding, distributed
+from rlhf.runtime import distributed
 from rlhf.runtime.distributed import Runtime
 from rlhf.runtime.updater import PolicyForward
 from rlhf.sampling.ahead import AheadSampler
-from rlhf.sampling.engine import Engine, EngineSampler, Shared
-from rlhf.sampling.hf import HFSampler
-from rlhf.sampling.vllm import InProcess, Start
-from rlhf.sampling.vllm_server import Server
+from rlhf.sampling.engine import Engine, EngineSampler
 
 
 def objective(recipe: Recipe) -> PolicyObjective:
@@ -58,91 +52,6 @@ def _first(recipe: Recipe, keys: Sequence[str]) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def sampler(
-    recipe: Recipe,
-    runtime: Runtime,
-    tokenizer: Any,
-    wrapped: torch.nn.Module,
-    k: int,
-    temperature: float,
-    engine: Engine | None = None,
-    ended: Ended | None = None,
-) -> Sampler:
-    """k completions a prompt, decoded by the policy itself or by ``engine``, which several samplers may share."""
-    inner: Any = distributed.unwrap(wrapped).causal_lm
-    settings = recipe.rollout
-    same: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "samples_per_prompt": k,
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": temperature,
-        "stop": settings.stop,
-        "stop_ids": stop_ids(tokenizer, inner.generation_config),
-        "seed": recipe.run.seed,
-        "compute_dtype": models.compute_dtype(recipe),
-        "gather": lambda lm: (
-            decoding.by_layer(runtime, wrapped, lm) if settings.gather == "layers" else decoding.whole(runtime, wrapped)
-        ),
-        "ended": ended,
-    }
-    if engine is not None:
-        return EngineSampler(engine=engine, **same)
-    width = recipe.data.max_prompt_tokens + settings.max_new_tokens
-    return HFSampler(
-        microbatch_rows=max(k, min(512, 4 * recipe.batch.microbatch_tokens // width)),
-        plain=settings.decode == "generate",
-        kv_bytes=int(settings.kv_cache_gib * 2**30),
-        **same,
-    )
-
-
-def engine(recipe: Recipe, runtime: Runtime, tokenizer: Any, run: Path) -> Engine | None:
-    """What decodes in place of the policy, where the recipe says so. It starts when it is first asked. run: folder."""
-    settings = recipe.rollout
-    if settings.engine == "hf":
-        return None
-    if settings.url is not None:
-        return Shared(_server(recipe, settings.url, run), runtime)
-    if runtime.world_size > 1:
-        raise UserError(
-            f"rollout.engine=vllm decodes in the process that trains, and there are {runtime.world_size}; start "
-            "`rlhf serve-policy` and set rollout.url, launch one process, or set rollout.engine=hf"
-        )
-    return InProcess(
-        start=vllm_start(recipe),
-        tokenizer=tokenizer if settings.stop else None,
-        sleeps=settings.sleep and torch.cuda.is_available(),
-    )
-
-
-def vllm_start(recipe: Recipe) -> Start:
-    """How vLLM is started for this recipe, here or as a server."""
-    settings = recipe.rollout
-    return Start(
-        tokens=recipe.data.max_prompt_tokens + settings.max_new_tokens,
-        dtype=models.compute_dtype(recipe),
-        memory_fraction=settings.gpu_fraction,
-        kv_bytes=int(settings.kv_cache_gib * 2**30),
-    )
-
-
-def _server(recipe: Recipe, url: str, run: Path) -> Engine:
-    settings = recipe.rollout
-    return Server(
-        url=addresses(url)[0],
-        folder=_push_folder(settings.push_folder, run),
-        dtype=models.compute_dtype(recipe),
-        token=token_of(settings.token_env) if settings.token_env else None,
-    )
-
-
-def _push_folder(named: str | None, run: Path) -> Path:
-    """Each run's own, the same one when it goes on."""
-    if named is None:
-        return run / "pushed"
-    return Path(named) / f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
-
-
 def evaluation(
     recipe: Recipe,
     session: Session,
@@ -159,7 +68,7 @@ def evaluation(
     return Evaluation(
         session=session,
         prompts=prompts,
-        sampler=sampler(recipe, session.runtime, tokenizer, wrapped, 1, at, engine),
+        sampler=sampling.sampler(recipe, session.runtime, tokenizer, wrapped, 1, at, engine),
         rewards=judges,
         reference=reference,
         temperature=at,
@@ -196,7 +105,7 @@ def build(recipe: Recipe, session: Session) -> Job:
     if isinstance(anchor, MovingReference):
         session.kept["reference"] = anchor.moving()
     settings, layout = recipe.rollout, models.layout(recipe, policy, anchor)
-    decoder = engine(recipe, runtime, tokenizer, session.root.parent)
+    decoder = sampling.engine(recipe, runtime, tokenizer, session.root.parent)
     k, temperature = settings.samples_per_prompt, settings.temperature
     stream = streams.ShuffledPrompts(
         prompts=train_prompts,
@@ -206,7 +115,7 @@ def build(recipe: Recipe, session: Session) -> Job:
         ranks=runtime.world_size,
     )
     early = scores.ended if scores.remote else None  # servers score what has ended while the rest is decoded
-    draw = sampler(recipe, runtime, tokenizer, wrapped, k, temperature, decoder, early)
+    draw = sampling.sampler(recipe, runtime, tokenizer, wrapped, k, temperature, decoder, early)
     if settings.ahead:
         draw = AheadSampler(sampler=cast(EngineSampler, draw), prompts_of=stream.at, steps=steps)
     run = program.PolicyRun(

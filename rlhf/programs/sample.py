@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rlhf.assemble import data as assembled
-from rlhf.assemble import models, policy, rewards
+from rlhf.assemble import models, rewards, sampling
 from rlhf.data import formats
 from rlhf.data.dropped import Dropped
 from rlhf.errors import UserError
@@ -98,7 +98,7 @@ def samples(folder: RunFolder, request: Request, note: Note) -> list[Sample]:
     own = _run_model(folder, tokenizer, device, note)
     other = _start_model(recipe, request, device, note)
     scorer = _scorer(recipe, runtime, note)
-    sampler = policy.sampler(recipe, runtime, tokenizer, own, request.count, recipe.rollout.temperature)
+    sampler = sampling.sampler(recipe, runtime, tokenizer, own, request.count, recipe.rollout.temperature)
     draw = sampler.greedy if request.greedy else sampler.sample
     slots = range(len(prompts))
     rollout = draw(own.causal_lm.to(device), prompts, slots, NOISE_STEP)

@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from rlhf.assemble import models
-from rlhf.assemble.policy import vllm_start
+from rlhf.assemble.sampling import vllm_start
 from rlhf.errors import UserError
 from rlhf.models.load import configuration
 from rlhf.recipe import Recipe
