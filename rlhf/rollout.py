@@ -46,10 +46,13 @@ class Prompt:
 
 
 class Group(NamedTuple):
-    """A prompt's completions as text, of a rollout that need not be whole yet. slot: the prompt's place in the step."""
+    """A prompt's completions, of a rollout that need not be whole yet. slot: the prompt's place in the step. ids: of
+    each completion, its stop token included."""
 
     slot: int
     prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    ids: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
     finished: tuple[bool, ...]
 
@@ -204,11 +207,19 @@ class Rollout(TokenBatch):
 
     def groups(self) -> Iterator[Group]:
         """The completions prompt by prompt, in the order of the rows."""
-        finished = self.finished.tolist()
-        for slot, rows in itertools.groupby(range(len(self)), key=self.group.tolist().__getitem__):
+        here = self.to("cpu")
+        drawn = [tuple(ids[mask].tolist()) for ids, mask in zip(here.completion_ids, here.completion_mask, strict=True)]
+        finished, slots = here.finished.tolist(), here.group.tolist()
+        for slot, rows in itertools.groupby(range(len(self)), key=slots.__getitem__):
             own = list(rows)
-            texts, ended = tuple(self.texts[row] for row in own), tuple(finished[row] for row in own)
-            yield Group(slot, self.prompts[own[0]], texts, ended)
+            yield Group(
+                slot=slot,
+                prompt=self.prompts[own[0]],
+                prompt_ids=tuple(here.prompt_ids[own[0]][here.prompt_mask[own[0]]].tolist()),
+                ids=tuple(drawn[row] for row in own),
+                texts=tuple(self.texts[row] for row in own),
+                finished=tuple(finished[row] for row in own),
+            )
 
 
 def _take(value: Any, index: Tensor, rows: int) -> Any:

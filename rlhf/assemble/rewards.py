@@ -93,7 +93,7 @@ def _trained_on(
 def reward_model(recipe: Recipe, runtime: Runtime, key: str, entry: RewardSource, note: Note) -> Reward:
     """One frozen reward model, on this device or behind a server. ``key``: the entry's place in the recipe."""
     if entry.path is None:
-        return served(key, entry, note, runtime.gather_objects)
+        return served(recipe, key, entry, note, runtime.gather_objects)
     return load_reward_model(
         entry.path,
         device=runtime.device,
@@ -106,12 +106,18 @@ def reward_model(recipe: Recipe, runtime: Runtime, key: str, entry: RewardSource
 
 
 def served(
-    key: str, entry: RewardSource, note: Note, gather: Callable[[Any], list[Any]] = lambda value: [value]
+    recipe: Recipe,
+    key: str,
+    entry: RewardSource,
+    note: Note,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> ServerReward:
-    """What the servers of an entry hold, and how they are asked. Raises UserError where they do not answer."""
+    """What the servers of an entry hold, and how they are asked. Raises UserError where they do not answer, and where
+    they are to be sent ids that mean something else to them than to the policy."""
     from rlhf.rewards.server import connect  # an extra is needed for this
 
-    return connect(replicas_of(key, entry, note), gather)
+    found = connect(replicas_of(key, entry, note), gather)
+    return found.with_ids(models.tokenizer_of(recipe)) if entry.send == "ids" else found
 
 
 def replicas_of(key: str, entry: RewardSource, note: Note = lambda text: None) -> Replicas:
@@ -130,7 +136,7 @@ def replicas_of(key: str, entry: RewardSource, note: Note = lambda text: None) -
 def served_identities(recipe: Recipe, note: Note) -> dict[str, str]:
     """Dotted key → identity of the model that every named server holds now: an input of the run like a folder is."""
     return {
-        f"{'.'.join(map(str, here))}.url": served(".".join(map(str, here)), entry, note).contract.identity
+        f"{'.'.join(map(str, here))}.url": served(recipe, ".".join(map(str, here)), entry, note).contract.identity
         for here, entry in reward_sources(recipe)
         if entry.url is not None
     }

@@ -72,15 +72,37 @@ def render_completion(tokenizer: Any, prompt: Prompt, completion: str, finished:
     (the template's turn end for a conversation, EOS for plain text). The text is tokenised on its own: it never merges
     with the prompt, as in sampling."""
     ids = _encode(tokenizer, completion)
-    if not finished:
-        return ids
-    if prompt.conversational:
-        return [*ids, turn_end(tokenizer)]
+    return [*ids, completion_end(tokenizer, prompt.conversational)] if finished else ids
+
+
+def completion_end(tokenizer: Any, conversational: bool) -> int:
+    """The id that ends a completion: the template's turn end for a conversation, EOS for plain text. Raises UserError
+    where there is none."""
+    if conversational:
+        return turn_end(tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{_name(tokenizer)} has no EOS token, so a plain-text completion has no end; set its eos_token"
         )
-    return [*ids, int(tokenizer.eos_token_id)]
+    return int(tokenizer.eos_token_id)
+
+
+def drawn_completion(
+    tokenizer: Any, special: frozenset[int], ids: Sequence[int], conversational: bool, finished: bool
+) -> list[int]:
+    """Ids that a policy drew, as ``render_completion`` ends them: where it is ``finished``, a special token that stands
+    last is the one that ended it, and ``completion_end``'s takes its place. special: ``special_ids``. Nothing else is
+    changed."""
+    if not finished:
+        return list(ids)
+    drawn = ids[:-1] if ids and ids[-1] in special else ids
+    return [*drawn, completion_end(tokenizer, conversational)]
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Every id that stands for no text of its own."""
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    return frozenset({*tokenizer.all_special_ids} | added)
 
 
 class Dialogue(NamedTuple):
@@ -201,8 +223,7 @@ def _template(tokenizer: Any) -> _Template:
 def _probe(tokenizer: Any, source: str) -> _Template:
     question, answer = {"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE}
     tail = _render(tokenizer, [question, answer], generation_prompt=False).rpartition(_PROBE)[2]
-    special = {*tokenizer.all_special_ids}
-    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = special_ids(tokenizer)
     end = next((token for token in _encode(tokenizer, tail) if token in special), tokenizer.eos_token_id)
     if end is None:
         raise UserError(

@@ -93,15 +93,15 @@ def describe_data(recipe: Recipe, rows: int = ROWS) -> None:
     if tokenizer is not None:
         for line in show.special_tokens(tokenizer, recipe.policy.path):
             findings.out("special", line)
-    for line in served(recipe):
+    for line in served(recipe, tokenizer):
         findings.out("server", line)
     if findings.errors:
         raise UserError("\n".join(findings.errors))
 
 
-def served(recipe: Recipe) -> Iterator[str]:
+def served(recipe: Recipe, tokenizer: Any) -> Iterator[str]:
     """What each named reward server holds now, asked once. One that does not answer stops nothing: it may be started
-    later, or be out of this machine's reach only."""
+    later, or be out of this machine's reach only. tokenizer: the policy's, where it is at hand."""
     for here, entry in reward_sources(recipe):
         if entry.url is None:
             continue
@@ -109,7 +109,7 @@ def served(recipe: Recipe) -> Iterator[str]:
         from rlhf.rewards.server import describe
 
         hasty = entry.model_copy(update={"give_up_seconds": 2 * PATIENCE_SECONDS})
-        yield from describe(replicas_of(".".join(map(str, here)), hasty))
+        yield from describe(replicas_of(".".join(map(str, here)), hasty), tokenizer if entry.send == "ids" else None)
 
 
 def _paths(recipe: Recipe) -> list[str]:

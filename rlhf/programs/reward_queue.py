@@ -22,12 +22,35 @@ class Texts:
     texts: Sequence[str]
     finished: Sequence[bool]
 
+    def rows(self, model: RewardModel) -> list[list[int]]:
+        """In the model's tokens. Raises UserError for texts that its template refuses."""
+        return model.render(self.prompts, self.texts, self.finished)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ids:
+    """The same in token ids. prompts: stand for the prompts' ids, one object for equal ones. conversational: whether a
+    prompt is a rendered conversation."""
+
+    prompts: Sequence[Prompt]
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+    conversational: Sequence[bool]
+    finished: Sequence[bool]
+
+    def rows(self, model: RewardModel) -> list[list[int]]:
+        """As the model reads them. Raises UserError for an id that it does not embed."""
+        return model.rows_of_ids(self.prompt_ids, self.completion_ids, self.conversational, self.finished)
+
+
+Asked = Texts | Ids
+
 
 @dataclass(frozen=True)
 class _Job:
     """A request that waits. rows: its texts in the model's tokens, once they are rendered."""
 
-    asked: Texts
+    asked: Asked
     answer: Future[Scores]
     rows: list[list[int]] = field(default_factory=list)
 
@@ -45,10 +68,10 @@ class Scorer:
         self._thread = threading.Thread(target=self._run, name="scorer", daemon=True)
         self._thread.start()
 
-    def submit(self, asked: Texts) -> Future[Scores]:
+    def submit(self, asked: Asked) -> Future[Scores]:
         """The scores to come, None for what cannot be scored. Raises ``queue.Full`` where too many wait already.
 
-        The future raises UserError for texts that the model's template refuses, and whatever scoring raised.
+        The future raises UserError for what the model cannot read (``rows``), and whatever scoring raised.
         """
         job = _Job(asked, Future())
         self._jobs.put_nowait(job)
@@ -84,8 +107,7 @@ class Scorer:
         if not job.answer.set_running_or_notify_cancel():
             return []
         try:
-            asked = job.asked
-            return [_Job(asked, job.answer, self._model.render(asked.prompts, asked.texts, asked.finished))]
+            return [_Job(job.asked, job.answer, job.asked.rows(self._model))]
         except Exception as error:
             job.answer.set_exception(error)
             return []

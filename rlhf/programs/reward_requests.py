@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from rlhf.programs.reward_queue import Texts
+from rlhf.programs.reward_queue import Ids, Texts
 from rlhf.rollout import Prompt, Turn
 
 
@@ -55,6 +55,38 @@ class ScoreRequest(_Body):
         )
 
 
+TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
+class IdRow(_Body):
+    """A completion of a prompt, both in the tokens of a policy that has the model's own vocabulary."""
+
+    prompt: TokenIds
+    completion: TokenIds
+    conversation: bool
+    finished: bool = True
+
+
+class IdsRequest(_Body):
+    """Body of ``POST /v1/score/ids``."""
+
+    rows: Annotated[list[IdRow], Field(min_length=1)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def texts(self) -> Ids:
+        seen: dict[tuple[int, ...], Prompt] = {}
+        prompts = [seen.setdefault(tuple(row.prompt), Prompt(row_id=number)) for number, row in enumerate(self.rows)]
+        return Ids(
+            prompts=prompts,
+            prompt_ids=[row.prompt for row in self.rows],
+            completion_ids=[row.completion for row in self.rows],
+            conversational=[row.conversation for row in self.rows],
+            finished=[row.finished for row in self.rows],
+        )
+
+
 class OpenRLHFRequest(BaseModel):
     """Body of ``POST /get_reward``: prompt and completion as one rendered text each. What else comes with them
     (``prompts``, ``labels``) is not read."""
@@ -76,6 +108,7 @@ class OpenRLHFRequest(BaseModel):
 
 
 SCORE: TypeAdapter[ScoreRequest] = TypeAdapter(ScoreRequest)
+IDS: TypeAdapter[IdsRequest] = TypeAdapter(IdsRequest)
 OPENRLHF: TypeAdapter[OpenRLHFRequest] = TypeAdapter(OpenRLHFRequest)
 
 

@@ -21,10 +21,10 @@ from starlette.requests import ClientDisconnect
 
 from rlhf.errors import UserError
 from rlhf.programs import reward_requests as requests
-from rlhf.programs.reward_queue import Scorer, Scores, Texts
-from rlhf.rewards.contract import CONTRACT_PATH, IDENTITY_HEADER, SCORE_PATH, Contract
+from rlhf.programs.reward_queue import Asked, Scorer, Scores
+from rlhf.rewards.contract import CONTRACT_PATH, IDENTITY_HEADER, IDS_PATH, SCORE_PATH, Contract
 
-Body = TypeVar("Body", requests.ScoreRequest, requests.OpenRLHFRequest)
+Body = TypeVar("Body", requests.ScoreRequest, requests.IdsRequest, requests.OpenRLHFRequest)
 
 RETRY_SECONDS = 1  # what a client is told that finds the queue full
 _READ_ON = 8  # a body of up to so many times the limit is read to its end, so that its sender reads the refusal
@@ -51,6 +51,12 @@ class Service:
     async def score(self, request: Request) -> JSONResponse:
         """``POST /v1/score``: {"rows": [{"prompt", "completion", "finished"}]} → {"scores": [number or null]}."""
         body = await self._read(request, requests.SCORE)
+        return self._answer({"scores": await self._scores(body.texts())})
+
+    async def score_ids(self, request: Request) -> JSONResponse:
+        """``POST /v1/score/ids``: the same with prompt and completion in token ids. Whoever asks has compared the
+        contract's digests."""
+        body = await self._read(request, requests.IDS)
         return self._answer({"scores": await self._scores(body.texts())})
 
     async def get_reward(self, request: Request) -> JSONResponse:
@@ -102,14 +108,14 @@ class Service:
             raise too_large
         return b"".join(parts)
 
-    async def _scores(self, texts: Texts) -> Scores:
+    async def _scores(self, asked: Asked) -> Scores:
         try:
-            waiting = self.scorer.submit(texts)
+            waiting = self.scorer.submit(asked)
         except queue.Full:
             raise HTTPException(503, "too many requests wait", {"Retry-After": str(RETRY_SECONDS)}) from None
         try:
             return await asyncio.wrap_future(waiting)
-        except UserError as error:  # the texts cannot be rendered, whoever asks
+        except UserError as error:  # what was asked cannot be read, whoever asks
             raise HTTPException(422, _one_line(error)) from None
         except Exception as error:
             traceback.print_exception(error, file=sys.stderr)
@@ -122,6 +128,7 @@ def application(service: Service) -> FastAPI:
     app.add_api_route("/health", service.health, methods=["GET"])
     app.add_api_route(CONTRACT_PATH, service.promise, methods=["GET"])
     app.add_api_route(SCORE_PATH, service.score, methods=["POST"])
+    app.add_api_route(IDS_PATH, service.score_ids, methods=["POST"])
     app.add_api_route("/get_reward", service.get_reward, methods=["POST"])
     return app
 

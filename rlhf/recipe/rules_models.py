@@ -186,7 +186,7 @@ def _served(here: KeyPath, source: RewardSource) -> Iterator[Problem]:
 
 
 def _loaded(here: KeyPath, source: RewardSource) -> Iterator[Problem]:
-    for key in ("token_env", "give_up_seconds"):
+    for key in ("token_env", "give_up_seconds", "send"):
         if key in source.model_fields_set and getattr(source, key) != RewardSource.model_fields[key].default:
             yield Problem((*here, key), "only a server (`url:`) is asked over a network; remove it")
     if isinstance(source, RewardModel) and source.quantize is not None and source.placement in ("zero3", "offload"):

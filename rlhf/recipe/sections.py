@@ -195,6 +195,10 @@ class RewardSource(Section):
         default=600.0,
         description="A server that stays away for so long ends the run, which can be resumed (exit code 75).",
     )
+    send: Literal["text", "ids"] = Field(
+        default="text",
+        description="What a server is sent; ids: the policy's own tokens, where vocabulary and template are the same.",
+    )
     microbatch_tokens: Count | None = Field(
         default=None, description="Tokens of one forward; null = `batch.microbatch_tokens`."
     )

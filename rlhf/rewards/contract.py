@@ -18,7 +18,7 @@ from torch import nn
 from rlhf.rewards.model import RewardModel
 
 IDENTITY_HEADER = "x-reward-identity"
-SCORE_PATH, CONTRACT_PATH = "/v1/score", "/v1/contract"
+SCORE_PATH, IDS_PATH, CONTRACT_PATH = "/v1/score", "/v1/score/ids", "/v1/contract"
 
 _ENDS = 1024  # elements of a weight at each end that stand for it: hashing 50 GiB would delay every start
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -27,10 +27,10 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Contract(BaseModel):
     """Answer of ``GET /v1/contract``. Digests are SHA-256.
 
-    identity: over model, vocabulary, chat_template and dtype, each of which changes scores. name: what the scores are
-    called. model: configuration, and both ends of every weight. center: subtracted from every score. max_tokens: a
-    longer row gets no score. deterministic: a score does not depend on who else asks. max_texts, max_body_bytes: of one
-    request.
+    identity: over model, vocabulary, special_tokens, chat_template and dtype, each of which changes scores. name: what
+    the scores are called. model: configuration, and both ends of every weight. vocabulary, special_tokens,
+    chat_template: ``meanings``. center: subtracted from every score. max_tokens: a longer row gets no score.
+    deterministic: a score does not depend on who else asks. max_texts, max_body_bytes: of one request.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
@@ -39,6 +39,7 @@ class Contract(BaseModel):
     name: str = Field(pattern=r"^[\w.-]{1,100}$")
     model: Digest
     vocabulary: Digest
+    special_tokens: Digest | None = None
     chat_template: Digest | None
     center: float
     max_tokens: int | None
@@ -54,11 +55,9 @@ def contract_of(
     model: RewardModel, *, deterministic: bool, max_texts: int, max_body_bytes: int, version: str
 ) -> Contract:
     """The contract of a loaded model."""
-    template = getattr(model.tokenizer, "chat_template", None)
     parts: dict[str, Any] = {
         "model": model_digest(model.model),
-        "vocabulary": vocabulary_digest(model.tokenizer),
-        "chat_template": None if template is None else _digest(template),
+        **meanings(model.tokenizer),
         "dtype": str(model.compute_dtype).removeprefix("torch."),
     }
     return Contract(
@@ -93,6 +92,17 @@ def model_digest(model: nn.Module) -> str:
 def vocabulary_digest(tokenizer: Any) -> str:
     """Over every token with its id."""
     return _digest(sorted(tokenizer.get_vocab().items()))
+
+
+def meanings(tokenizer: Any) -> dict[str, str | None]:
+    """Digests of what token ids mean: the text of each, those that begin and end a row, and the template in which a
+    conversation becomes ids."""
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "vocabulary": vocabulary_digest(tokenizer),
+        "special_tokens": _digest([tokenizer.bos_token_id, tokenizer.eos_token_id]),
+        "chat_template": None if template is None else _digest(template),
+    }
 
 
 def _digest(value: Any) -> str:

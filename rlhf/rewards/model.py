@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf.errors import UserError
 from rlhf.interfaces import Alone, Collective
 from rlhf.models import masks, quantized
-from rlhf.models.chat import render_completion, render_prompt
+from rlhf.models.chat import drawn_completion, render_completion, render_prompt, special_ids
 from rlhf.models.layout import Size, plain_rows
 from rlhf.models.prefixes import share_prefixes, shared_length
 from rlhf.models.quantized import Quantization
@@ -145,6 +145,29 @@ class RewardModel:
             rendered[id(prompt)] + render_completion(self.tokenizer, prompt, text, ended)
             for prompt, text, ended in zip(prompts, texts, finished, strict=True)
         ]
+
+    def rows_of_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        conversational: Sequence[bool],
+        finished: Sequence[bool],
+    ) -> list[list[int]]:
+        """Rows of ids that a policy with this tokenizer and template was given and drew, [B] lists: as they are, a
+        finished completion ended as ``render`` ends one (``chat.drawn_completion``).
+
+        Raises UserError, which names the row, for an id that the model does not embed.
+        """
+        special = special_ids(self.tokenizer)
+        rows = [
+            [*prompt, *drawn_completion(self.tokenizer, special, ids, chat, ended)]
+            for prompt, ids, chat, ended in zip(prompts, completions, conversational, finished, strict=True)
+        ]
+        embedded = cast(Any, self.model).get_input_embeddings().num_embeddings
+        for number, row in enumerate(rows):
+            if row and not 0 <= min(row) <= max(row) < embedded:
+                raise UserError(f"rows.{number}: an id outside 0 … {embedded - 1}, which the model embeds")
+        return rows
 
     @torch.no_grad()
     def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:

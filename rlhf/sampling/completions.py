@@ -50,10 +50,11 @@ class Ends:
 class Groups:
     """Tells of a prompt's completions as soon as the last of them has ended, of each prompt once.
 
-    count: completions of each prompt. step: of the rollout that they belong to.
+    prompt_ids: of each prompt. count: completions of each. step: of the rollout that they belong to.
     """
 
     prompts: Sequence[Prompt]
+    prompt_ids: Sequence[Sequence[int]]
     slots: Sequence[int]
     count: int
     ends: Ends
@@ -70,8 +71,15 @@ class Groups:
         rows = range(place * self.count, (place + 1) * self.count)
         if all(at in self.found for at in rows):
             own = [self.found[at] for at in rows]
-            texts = tuple(self.ends.text(*completion) for completion in own)
-            self.tell(Group(self.slots[place], self.prompts[place], texts, tuple(end for _, end in own)), self.step)
+            group = Group(
+                slot=self.slots[place],
+                prompt=self.prompts[place],
+                prompt_ids=tuple(self.prompt_ids[place]),
+                ids=tuple(tuple(drawn) for drawn, _ in own),
+                texts=tuple(self.ends.text(*completion) for completion in own),
+                finished=tuple(end for _, end in own),
+            )
+            self.tell(group, self.step)
 
     def rest(self, completions: Iterable[Completion]) -> None:
         """All of them, in order."""

@@ -114,7 +114,15 @@ class EngineSampler:
         rows, count, ends = self._sampled(prompts, slots, step), self.samples_per_prompt, self._ends()
         if self.ended is None:
             return self._begin(model, prompts, slots, rows, self.max_new_tokens)
-        groups = Groups(prompts=prompts, slots=slots, count=count, ends=ends, tell=self.ended, step=step)
+        groups = Groups(
+            prompts=prompts,
+            prompt_ids=self._ids(prompts),
+            slots=slots,
+            count=count,
+            ends=ends,
+            tell=self.ended,
+            step=step,
+        )
         return self._begin(model, prompts, slots, rows, self.max_new_tokens, groups)
 
     def _begin(

@@ -88,7 +88,15 @@ class HFSampler:
         keys = None if step is None else row_keys(self.seed, step, group, sample).to(device)
         ends, each = Ends(self.tokenizer, self.stop_ids, self.stop), None
         if step is not None and self.ended is not None:
-            each = Groups(prompts=prompts, slots=slots, count=count, ends=ends, tell=self.ended, step=step).add
+            each = Groups(
+                prompts=prompts,
+                prompt_ids=distinct,
+                slots=slots,
+                count=count,
+                ends=ends,
+                tell=self.ended,
+                step=step,
+            ).add
         _warn_about(lm.generation_config)
         with torch.no_grad(), self.gather(model), _decoding(lm, self._config()), self._autocast(device):
             found = self._decode(lm, prompt_ids, keys, device, each)

@@ -165,6 +165,44 @@ def test_a_server_that_was_never_there_is_said_before_a_model_loads(
     assert code == ExitCode.REWARD_GONE
 
 
+def test_a_run_that_sends_its_ids(recipe: str, judge: str) -> None:
+    """A random policy draws tokens that its texts would not become again; its ids are read as they were drawn."""
+    asked: list[list[list[int]]] = []
+    model = load_reward_model(judge, device="cpu", microbatch_tokens=512)
+    forward = model.rows_of_ids
+
+    def watched(*given: Any) -> list[list[int]]:
+        asked.append(rows := forward(*given))
+        return rows
+
+    object.__setattr__(model, "rows_of_ids", watched)
+    with running(model) as server:
+        by_ids = train(recipe, by_url(server.url, send="ids"), STEPS, name="ids")
+        sent = len(asked)
+        train(recipe, by_url(server.url), STEPS, name="text")
+    assert sent > 0 and len(asked) == sent  # texts are the default
+    rows = [row for rows in asked for row in rows]
+    assert len(rows) == 4 * 4 * 2  # steps, prompts, completions
+    assert all(row[0] == model.tokenizer.bos_token_id != row[1] for row in rows)  # one, and a policy may draw more
+    assert "reward/judge-reward_mean" in by_ids.metrics[0]
+
+
+def test_ids_for_another_vocabulary_are_refused_before_a_model_loads(
+    recipe: str, judge: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf.programs.check import describe_data
+    from tests.rewards.serving import tiny
+
+    monkeypatch.setattr("rlhf.assemble.build", lambda *_: pytest.fail("a model was about to load"))
+    with running(tiny()) as server:
+        source = by_url(server.url, send="ids")
+        assert rlhf.train(recipe, source, "run.name=other") == ExitCode.USER
+        describe_data(load_recipe(recipe, [source]))
+    reason = Run(Path("runs") / "other-reinforce").record["exit_reason"]
+    assert reason.startswith("reward.models.0.send=ids: judge has another vocabulary than the policy")
+    assert f"a run would be refused: {reason}" in capsys.readouterr().out
+
+
 def test_held_out_completions_can_be_judged_by_a_server(recipe: str, judge: str) -> None:
     rows = ("data.eval.0.path=rlhf.data.quickstart:heldout_prompts", "data.eval.0.max_rows=4")
     with running(load_reward_model(judge, device="cpu")) as server:

@@ -236,6 +236,10 @@ MEANING: dict[str, Broken] = {
         "only a server (`url:`) is asked",
         line=4,
     ),
+    "ids for a folder": b(
+        recipe(reward="reward: {models: [{path: model, send: ids}]}"), "only a server (`url:`) is asked", line=4
+    ),
+    "something else for a server": b(served("http://h:1", "send: words"), "send: must be text | ids", line=4),
     "endless patience": b(served("http://h:1", "give_up_seconds: 9000"), "less than or equal to 1100", line=4),
     "judge path and url": b(
         recipe(eval="eval: {models: [{path: model, url: 'http://h:1'}]}"), "eval.models.0: both path and url", line=6
@@ -422,6 +426,7 @@ VALID: dict[str, str] = {
     "the plain one": recipe(),
     "a reward server": served("http://127.0.0.1:8100", "weight: 2"),
     "several of one model": served("http://one:8100, https://two.example/rm/", "give_up_seconds: 60"),
+    "a server that is sent ids": served("http://127.0.0.1:8100", "send: ids"),
     "a server as a judge": recipe(eval="eval: {models: [{url: 'http://localhost:1'}]}"),
     "1e-6 is a number": lr("1e-6"),
     "an integer is a number": lr("1"),

@@ -39,7 +39,8 @@ def rollout(rows: int, k: int = 4) -> Rollout:
 def test_groups_are_the_rows_prompt_by_prompt() -> None:
     groups = list(rollout(6).groups())
     assert [group.slot for group in groups] == [0, 1]
-    assert groups[1] == Group(1, rollout(6).prompts[4], (" is 4 wonders", " is 5 wonders"), (True, True))
+    ids, said = ((6,), (6,)), (" is 4 wonders", " is 5 wonders")
+    assert groups[1] == Group(1, rollout(6).prompts[4], (5,), ids, said, (True, True))
 
 
 def test_scores_do_not_depend_on_when_they_were_asked_for() -> None:

@@ -14,7 +14,7 @@ from rlhf.errors import ExitCode, UserError
 from rlhf.models.chat import render_completion, render_prompt
 from rlhf.rewards.contract import IDENTITY_HEADER
 from rlhf.rewards.replicas import Replicas
-from rlhf.rewards.server import ServerReward, _parts, describe
+from rlhf.rewards.server import ServerReward, _parts, _text_rows, describe
 from rlhf.rollout import Prompt, Rollout
 from tests.rewards.serving import TOKENIZER, Answer, Running, client, made_up, running, scripted, texts, tiny
 
@@ -113,11 +113,12 @@ def test_a_rollout_of_nothing() -> None:
 
 def test_requests_keep_a_prompt_together_and_below_every_limit() -> None:
     """By hand: 30 rows of 4 a prompt, at most 10 a request, so two prompts each; then three rows by their bytes."""
-    parts = list(_parts(*texts(30), made_up(max_texts=10)))
+    given = texts(30)
+    parts = list(_parts(given[0], _text_rows(*given), made_up(max_texts=10)))
     assert [rows for _, rows in parts] == [8, 8, 8, 6]
     assert [len(json.loads(body)["rows"]) for body, _ in parts] == [8, 8, 8, 6]
     prompts = [Prompt(row_id=0, text="x")] * 5
-    by_bytes = list(_parts(prompts, ["é" * 40] * 5, [True] * 5, made_up(max_body_bytes=400)))
+    by_bytes = list(_parts(prompts, _text_rows(prompts, ["é" * 40] * 5, [True] * 5), made_up(max_body_bytes=400)))
     assert [rows for _, rows in by_bytes] == [3, 2] or [rows for _, rows in by_bytes] == [2, 2, 1]
     assert all(len(body) <= 400 for body, _ in by_bytes)
 
