@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("config", ["cpu_zero3", pytest.param("cpu_fsdp2", marks=pytest.mark.slow)])  # the same rule
+@pytest.mark.slow  # one forward for all processes at every token: a minute
+@pytest.mark.parametrize("config", ["cpu_zero3", "cpu_fsdp2"])
 def test_layers_decode_what_whole_weights_do(config: str, tmp_path: Path) -> None:
     """Rank 0 has one prompt, then none; rank 1 has six, then two, and rows that wait for a free place in the cache."""
     start.write(tmp_path, "")
