@@ -39,7 +39,7 @@ def zero2(setup: Setup) -> Change | None:
 
 def zero3(setup: Setup) -> Change | None:
     """Weights in shards too."""
-    if setup.placement.processes == 1 or setup.placement.kind in ("zero3", "fsdp2") or setup.vectors:
+    if setup.placement.processes == 1 or setup.placement.sharded or setup.vectors:
         return None
     return None if setup.unshardable else _placed(setup, "zero3")
 
@@ -89,8 +89,8 @@ def smaller_cache(setup: Setup) -> Change | None:
 
 def by_layer(setup: Setup) -> Change | None:
     """Weights in shares gathered a layer at a time while decoding."""
-    kind, own = setup.placement.kind, setup.rollouts
-    if kind not in ("zero3", "fsdp2") or not setup.sampled or own.by_layer or own.engine not in ("loop", "generate"):
+    own, decodes = setup.rollouts, setup.sampled and setup.rollouts.engine in ("loop", "generate")
+    if not setup.placement.sharded or not decodes or own.by_layer:
         return None
     found = replace(setup, rollouts=replace(own, by_layer=True))
     return Change("weights gathered a layer at a time while decoding", ("rollout.gather=layers",), found)

@@ -88,7 +88,7 @@ def _generation(setup: Setup, known: Card) -> float:
     read = weights + found.cache / 2
     operations = 2.0 * found.rows * (shape.trunk + shape.head) / (cards.FORWARD_MFU * known.flops)
     token = max(read / (cards.DECODE_BANDWIDTH * known.bandwidth), operations) + cards.LAUNCH_SECONDS * shape.layers
-    if setup.rollouts.by_layer and setup.placement.kind in ("zero3", "fsdp2"):
+    if setup.rollouts.by_layer and setup.placement.sharded:
         token += setup.regime.product * shape.trunk / _link(setup, known)
     prompts = own_prompts(setup) * (1 if setup.rollouts.engine != "generate" else step.rows)
     first = _forward_flops(shape, prompts * step.prompt, prompts) / (cards.FORWARD_MFU * known.flops)

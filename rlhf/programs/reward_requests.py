@@ -38,7 +38,7 @@ class ScoreRequest(_Body):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def texts(self) -> Texts:
+    def asked(self) -> Texts:
         seen: dict[Any, Prompt] = {}
         prompts = []
         for number, row in enumerate(self.rows):
@@ -75,7 +75,7 @@ class IdsRequest(_Body):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def texts(self) -> Ids:
+    def asked(self) -> Ids:
         seen: dict[tuple[int, ...], Prompt] = {}
         prompts = [seen.setdefault(tuple(row.prompt), Prompt(row_id=number)) for number, row in enumerate(self.rows)]
         return Ids(
@@ -98,7 +98,7 @@ class OpenRLHFRequest(BaseModel):
     def __len__(self) -> int:
         return len(self.query)
 
-    def texts(self, bos: str | None) -> Texts:
+    def asked(self, bos: str | None) -> Texts:
         """Each text as it stands, stop token or none. ``bos``: the model's own, which is put in front of every row."""
         return Texts(
             prompts=[Prompt(row_id=i, text=text.removeprefix(bos or "")) for i, text in enumerate(self.query)],

@@ -51,18 +51,18 @@ class Service:
     async def score(self, request: Request) -> JSONResponse:
         """``POST /v1/score``: {"rows": [{"prompt", "completion", "finished"}]} → {"scores": [number or null]}."""
         body = await self._read(request, requests.SCORE)
-        return self._answer({"scores": await self._scores(body.texts())})
+        return self._answer({"scores": await self._scores(body.asked())})
 
     async def score_ids(self, request: Request) -> JSONResponse:
         """``POST /v1/score/ids``: the same with prompt and completion in token ids. Whoever asks has compared the
         contract's digests."""
         body = await self._read(request, requests.IDS)
-        return self._answer({"scores": await self._scores(body.texts())})
+        return self._answer({"scores": await self._scores(body.asked())})
 
     async def get_reward(self, request: Request) -> JSONResponse:
         """``POST /get_reward``, OpenRLHF's shape: {"query": [text]} → {"rewards": [number or null]}."""
         body = await self._read(request, requests.OPENRLHF)
-        return self._answer({"rewards": await self._scores(body.texts(self.bos))})
+        return self._answer({"rewards": await self._scores(body.asked(self.bos))})
 
     def _answer(self, content: dict[str, object]) -> JSONResponse:
         return JSONResponse(content, headers={IDENTITY_HEADER: self.contract.identity})

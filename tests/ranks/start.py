@@ -57,6 +57,12 @@ def weights(folder: Path, name: str, objective: str) -> torch.Tensor:
     return torch.cat([found[key].flatten() for key in sorted(found)])
 
 
+def rewards(run: Path) -> list[float]:
+    """Mean score of each step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["reward/score_mean"] for row in rows if "reward/score_mean" in row]
+
+
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     """‖Δ‖/‖w‖."""
     return float((other - one).norm() / one.norm())

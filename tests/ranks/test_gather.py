@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from . import start
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.ranks
@@ -21,13 +16,8 @@ ROOT = Path(__file__).parents[2]
 def test_layers_decode_what_whole_weights_do(config: str, tmp_path: Path) -> None:
     """Rank 0 has one prompt, then none; rank 1 has six, then two, and rows that wait for a free place in the cache."""
     start.write(tmp_path, "")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command = [*launcher, str(ROOT / "accelerate_configs" / f"{config}.yaml"), "-m", "tests.ranks.gather_worker"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
+    command = start.launched(start.CONFIGS / f"{config}.yaml")
+    start.run(start.ROOT, [*command, "-m", "tests.ranks.gather_worker", str(tmp_path)])
     ranks = json.loads((tmp_path / "facts.json").read_text(encoding="utf-8"))
     for rank in ranks:
         assert all(all(part["same"]) for part in rank)

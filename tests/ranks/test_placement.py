@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -38,10 +37,5 @@ def test_models_in_shares_score_as_whole_ones(config: str, folder: Path) -> None
     alone = trained(folder, "alone", "rloo")
     both = trained(folder, f"shares-{config}", "rloo", *SHARES, "--accelerate", config)
     assert apart(alone, both) <= 1e-5
-    rewards = [_rewards(folder / "runs" / f"{name}-rloo") for name in ("alone", f"shares-{config}")]
+    rewards = [start.rewards(folder / "runs" / f"{name}-rloo") for name in ("alone", f"shares-{config}")]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
-
-
-def _rewards(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row["reward/score_mean"] for row in rows if "reward/score_mean" in row]

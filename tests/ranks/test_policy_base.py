@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ def test_ranks_that_share_their_base_end_where_one_process_ends(config: str, fol
     start.trained(folder, f"shared-{config}", "rloo", JUDGE, SHARED, *LORA, "--accelerate", config)
     alone, both = (start.weights(folder, name, "rloo") for name in ("alone", f"shared-{config}"))
     assert apart(alone, both) <= 1e-5
-    rewards = [_rewards(folder / "runs" / f"{name}-rloo") for name in ("alone", f"shared-{config}")]
+    rewards = [start.rewards(folder / "runs" / f"{name}-rloo") for name in ("alone", f"shared-{config}")]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-5) and rewards[0]
 
 
@@ -43,8 +42,3 @@ def test_ranks_that_share_their_base_end_where_one_process_ends(config: str, fol
 def test_shares_of_a_base_are_refused(folder: Path) -> None:
     with pytest.raises(AssertionError, match=r"reward\.models\.0\.placement=policy_base: under ZeRO-3"):
         start.trained(folder, "refused", "rloo", JUDGE, SHARED, *LORA, "--accelerate", "cpu_zero3")
-
-
-def _rewards(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row["reward/score_mean"] for row in rows if "reward/score_mean" in row]
